@@ -1,0 +1,67 @@
+"""Step-aware preference optimisation (SPO, arXiv:2406.04314): DDIM log-probabilities, clipped ratios, loss, pool choice.
+
+Pure functions of tensors. A denoising step is the Gaussian N(m, s^2) of DDIM (arXiv:2010.02502, equations 12 and 16).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def ddim_gaussian(
+    prediction: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor, previous_timestep: torch.Tensor,
+    alphas_cumprod: torch.Tensor, eta: float = 1.0, prediction_type: str = "epsilon",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean m, standard deviation s of x_{t-1} given x_t, and the predicted clean latents x0-hat.
+
+    prediction, x_t: (N, ...), the model's (guided) prediction and its input; timestep, previous_timestep: (N,) integers,
+    the previous one clamped to >= 0; alphas_cumprod: (T,). Returns m (N, ...), s (N, 1, ...), x0-hat (N, ...), float32.
+    Raises ValueError for a prediction type other than "epsilon" and "v_prediction".
+    """
+    prediction, x_t = prediction.float(), x_t.float()
+    column = (-1,) + (1,) * (x_t.dim() - 1)
+    alphas_cumprod = alphas_cumprod.to(x_t.device, torch.float32)
+    a = alphas_cumprod[timestep].view(column)
+    a_previous = alphas_cumprod[previous_timestep.clamp(min=0)].view(column)
+
+    if prediction_type == "epsilon":
+        epsilon = prediction
+        x0 = (x_t - (1 - a).sqrt() * epsilon) / a.sqrt()
+    elif prediction_type == "v_prediction":
+        epsilon = a.sqrt() * prediction + (1 - a).sqrt() * x_t
+        x0 = a.sqrt() * x_t - (1 - a).sqrt() * prediction
+    else:
+        raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type}")
+
+    variance = (1 - a_previous) / (1 - a) * (1 - a / a_previous)
+    std = eta * variance.sqrt()
+    mean = a_previous.sqrt() * x0 + (1 - a_previous - std**2).sqrt() * epsilon
+    return mean, std, x0
+
+
+def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Log-density of `sample` (N, ...) under N(mean, std^2), AVERAGED over the non-batch dimensions, as SPO does. (N,)"""
+    log_density = -((sample.float() - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(1).mean(dim=1)
+
+
+def clipped_ratio(logp_policy: torch.Tensor, logp_reference: torch.Tensor, clip: float = 0.1) -> torch.Tensor:
+    """Ratio policy/reference of the two densities, clamped to [1 - clip, 1 + clip] (no gradient outside). (N,)"""
+    return (logp_policy - logp_reference).exp().clamp(1 - clip, 1 + clip)
+
+
+def spo_loss(ratio_w: torch.Tensor, ratio_l: torch.Tensor, beta: float = 10.0) -> torch.Tensor:
+    """-log sigmoid(beta * (log ratio_w - log ratio_l)), the mean over the N pairs. ratio_w, ratio_l: (N,)"""
+    return -F.logsigmoid(beta * (ratio_w.log() - ratio_l.log())).mean()
+
+
+def choose_pairs(scores: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best and the worst member of each pool, and whether the two differ enough to learn from.
+
+    scores: (k, N), the pool's k members scored for each of N prompts. Returns best (N,), worst (N,) as rows of the pool
+    and kept (N,): sigmoid(best - worst) - sigmoid(worst - best) > threshold, the two-way softmax's difference.
+    """
+    best, worst = scores.argmax(dim=0), scores.argmin(dim=0)
+    difference = scores.amax(dim=0) - scores.amin(dim=0)
+    return best, worst, torch.tanh(difference.float() / 2) > threshold
