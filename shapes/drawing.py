@@ -19,7 +19,7 @@ COLOURS = {
     "blue": (40, 80, 215), "purple": (140, 50, 170), "black": (20, 20, 20), "white": (245, 245, 245),
 }
 KINDS = ("circle", "square", "triangle", "diamond", "star", "cross")
-SIZES = {"small": 0.14, "medium": 0.21, "large": 0.30}  # radius of the circle of equal area, as a share of the side
+SIZES = {"small": 0.13, "medium": 0.18, "large": 0.27}  # radius of the circle of equal area, as a share of the side
 POSITIONS = {  # centre of the shape as a share of the side; "centre" is what a caption without a position means
     "centre": (0.5, 0.5), "at the top left": (0.3, 0.3), "at the top right": (0.7, 0.3),
     "at the bottom left": (0.3, 0.7), "at the bottom right": (0.7, 0.7),

@@ -1,0 +1,162 @@
+"""The base model that draws: its data, its autoencoder and its text encoder, trained from nothing.
+
+scripts/build_base.sh runs the three steps, of which the UNet's training is train.py's own:
+
+    python -m shapes.base prepare --output outputs/base     # pairs, autoencoder, text encoder, untrained UNet
+    train.py --train_method sft ...                         # the UNet
+    python -m shapes.base ship --output outputs/base        # float16 weights into shapes/base, oracle, grid
+
+The base is trained on a mixture of good and poor drawings under the same captions, as real base models are, so that
+preference tuning has something to gain; captions for which held_out() is true are never shown to it.
+"""
+
+import random
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+from transformers import CLIPTextModel
+
+from shapes.drawing import (COLOURS, FLAW_NAMES, KINDS, POSITIONS, SIZES, Drawing, Flaws, caption, random_drawing,
+                            random_flaws, render)
+from shapes.pairs import pair_row, write_rows
+from shapes.pipeline import clip_tokenizer, sd15_scheduler, text_config
+from training.errors import run_program
+
+RESOLUTION = 32
+TEXT_WIDTH = 64
+POOR_SHARE = 0.5  # of the drawings the base learns from
+POOR_STRENGTH = (0.2, 0.7)  # of their flaws
+
+
+def held_out(drawing: Drawing) -> bool:
+    """Whether the base never saw this caption: one in eight (shape, colour, background) triples is kept from it."""
+    kinds, colours = sorted(KINDS), sorted(COLOURS)
+    background = colours.index(drawing.background)
+    return any((kinds.index(shape.kind) + 3 * colours.index(shape.colour) + 5 * background) % 8 == 0
+               for shape in drawing.shapes)
+
+
+def sample_drawing(rng: random.Random, unseen: bool) -> Drawing:
+    """A random drawing, from the captions held out from the base or from the others."""
+    while True:
+        drawing = random_drawing(rng)
+        if held_out(drawing) == unseen:
+            return drawing
+
+
+def mixed_flaws(rng: random.Random) -> Flaws:
+    """The flaws (often none) of one drawing of the mixture that the base learns."""
+    if rng.random() >= POOR_SHARE:
+        return Flaws()
+    return random_flaws(rng, rng.choice(FLAW_NAMES), *POOR_STRENGTH)
+
+
+def train_vae(steps: int, seed: int, num_images: int = 20_000, batch_size: int = 32) -> AutoencoderKL:
+    """Train the autoencoder (3x32x32 <-> 4x8x8) on drawings of every kind; its scaling_factor makes latents of unit
+    variance. The loss is the mean absolute error with a slight pull of the latents towards a standard normal."""
+    rng = random.Random(seed)
+    images = np.stack([np.asarray(render(random_drawing(rng), RESOLUTION, _any_flaws(rng)))
+                       for _ in tqdm(range(num_images), desc="drawing", mininterval=10)])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                        block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, latent_channels=4,
+                        sample_size=RESOLUTION, force_upcast=False)
+
+    def loss_at(step):
+        batch = images[torch.randint(len(images), (batch_size,))].float() / 127.5 - 1
+        posterior = vae.encode(batch).latent_dist
+        return F.l1_loss(vae.decode(posterior.sample()).sample, batch) + 3e-4 * posterior.kl().mean() / (4 * 8 * 8)
+
+    _minimise(vae.parameters(), loss_at, steps, learning_rate=2e-3, name="autoencoder")
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(images[i:i + 100].float() / 127.5 - 1).latent_dist.sample()
+                             for i in range(0, 2000, 100)])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    return vae.eval()
+
+
+def train_text_encoder(steps: int, seed: int, batch_size: int = 64) -> CLIPTextModel:
+    """Train the text encoder to name, from every position after the caption's last word, each attribute of the
+    drawing. Words that no caption uses end with an embedding of zeros."""
+    rng = random.Random(seed)
+    tokenizer = clip_tokenizer()
+    encoder = CLIPTextModel(text_config(TEXT_WIDTH, 2))
+    choices = [list(COLOURS)] + 2 * [[None, *KINDS], [None, *COLOURS], [None, *SIZES], [None, *POSITIONS]]
+    heads = nn.Linear(TEXT_WIDTH, sum(map(len, choices)))
+    seen = torch.zeros(len(tokenizer), dtype=torch.bool)
+
+    def loss_at(step):
+        drawings = [random_drawing(rng, several=0.5) for _ in range(batch_size)]
+        tokens = tokenizer([caption(drawing) for drawing in drawings], padding="max_length", return_tensors="pt")
+        seen[tokens.input_ids.unique()] = True
+        states = heads(encoder(tokens.input_ids).last_hidden_state)
+        after = (tokens.input_ids == tokenizer.eos_token_id)
+        targets = torch.tensor([_attribute_indices(drawing, choices) for drawing in drawings])
+        losses = [F.cross_entropy(logits[after], target[:, None].expand(-1, after.shape[1])[after])
+                  for logits, target in zip(states.split([len(choice) for choice in choices], dim=-1), targets.T)]
+        return sum(losses) / len(losses)
+
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    _minimise(parameters, loss_at, steps, learning_rate=2e-3, name="text encoder")
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight[~seen] = 0
+    return encoder.eval()
+
+
+def new_unet() -> UNet2DConditionModel:
+    """The base's UNet, untrained: two levels with cross-attention at both."""
+    return UNet2DConditionModel(sample_size=RESOLUTION // 4, block_out_channels=(64, 96), layers_per_block=1,
+                                norm_num_groups=16, cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,
+                                down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))
+
+
+def write_training_pairs(folder: Path, num_pairs: int, seed: int) -> None:
+    """Two drawings of the mixture per caption, seen captions only, labelled at random: what train.py's sft reads."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in tqdm(range(num_pairs), desc="pairs", mininterval=10):
+        drawing = sample_drawing(rng, unseen=False)
+        first, second = (render(drawing, RESOLUTION, mixed_flaws(rng)) for _ in range(2))
+        rows.append(pair_row(caption(drawing), first, second, rng))
+    write_rows(folder, rows)
+
+
+def _minimise(parameters, loss_at, steps, learning_rate, name):
+    """Adam with a short warm-up and a cosine decay to zero; logs the loss ten times."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05,
+                                                   cycle_momentum=False)
+    start, total = time.time(), 0.0
+    for step in range(1, steps + 1):
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        total += loss.item()
+        if step % max(1, steps // 10) == 0:
+            print(f"{name}: step {step}, loss {total / max(1, steps // 10):.4f}, {time.time() - start:.0f} s", flush=True)
+            total = 0.0
+
+
+def _any_flaws(rng):
+    """Flaws of up to full strength, so that the autoencoder can show what a generator gets wrong."""
+    return Flaws() if rng.random() < 0.4 else random_flaws(rng, rng.choice(FLAW_NAMES), 0.1, 1.0)
+
+
+def _attribute_indices(drawing, choices):
+    values = [drawing.background]
+    for shape in (*drawing.shapes, None)[:2]:
+        values += [shape.kind, shape.colour, shape.size, shape.position] if shape else [None] * 4
+    return [choice.index(value) for choice, value in zip(choices, values)]
