@@ -1,0 +1,61 @@
+"""Files that are either whole or absent, and the identity of what a file holds."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+SAMPLED_BLOCKS = 64
+BLOCK_BYTES = 64 * 1024
+MODEL_FILES = (".safetensors", ".bin", ".pth", ".pt", ".json", ".txt", ".model")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` aside, flush it to the disk and rename it into place: no reader ever sees half a file."""
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o666 & ~_umask())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """Identity of a file's content, or of a model folder's files, that survives moving and costs no full read.
+
+    A file: sha256 of its size and of 64 blocks of 64 KiB spread evenly over it (a file up to 4 MiB is read whole), so
+    that a checkpoint of 5 GB takes milliseconds. A folder: the same of every weight and config file below it.
+    """
+    path = Path(path)
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file() and file.suffix in MODEL_FILES:
+                digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
+        return digest.hexdigest()[:16]
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
+            digest.update(file.read())
+        else:
+            for block in range(SAMPLED_BLOCKS):
+                file.seek(block * (size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,36 @@
+"""A generation manifest: the JSON list of {"prompt", "gen_image_path", "raw_image_path", "metadata"} beside unet.pth."""
+
+import json
+import os
+from pathlib import Path
+
+from training.errors import UserError
+
+
+def read_manifest(path: str | os.PathLike) -> list[dict]:
+    """The manifest's entries. Raises UserError when the file is missing, no such list, or empty."""
+    path = Path(path)
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no manifest at {path}: eval.generate writes one") from None
+    except (ValueError, IsADirectoryError) as error:
+        raise UserError(f"{path} is no JSON manifest: {error}") from None
+    if not isinstance(entries, list):
+        raise UserError(f"{path} is no manifest: it must be a JSON list of entries")
+    if not entries:
+        raise UserError(f"the manifest {path} lists no image")
+    for number, entry in enumerate(entries, start=1):
+        faults = [key for key in ("prompt", "gen_image_path")
+                  if not isinstance(entry, dict) or not isinstance(entry.get(key), str)]
+        if faults:
+            raise UserError(f"{path}: entry {number} has no {' and no '.join(faults)}")
+    return entries
+
+
+def image_path(manifest: str | os.PathLike, entry: dict) -> Path:
+    """Where an entry's image lies: an absolute path as it is, a relative one from the manifest's folder, then from the
+    working directory (the official form)."""
+    path = Path(entry["gen_image_path"])
+    beside = Path(manifest).parent / path
+    return beside if path.is_absolute() or beside.exists() or not path.exists() else path

@@ -1,0 +1,102 @@
+"""The metrics by name. Each is one file with one class behind one signature: score(images, prompts) -> Tensor (N,).
+
+A new metric is one file and one line in METRICS.
+"""
+
+import importlib
+import os
+from pathlib import Path
+
+import yaml
+
+from eval.files import fingerprint
+from eval.metrics.base import Metric
+from training.errors import UserError, first_line
+
+METRICS = {
+    "pickscore": "eval.metrics.pickscore:PickScore",
+    "hpsv2": "eval.metrics.hpsv2:HPSv2",
+    "hpsv2.1": "eval.metrics.hpsv2:HPSv21",
+    "aesthetics": "eval.metrics.aesthetics:Aesthetics",
+    "clip": "eval.metrics.clip:CLIPScore",
+    "imagereward": "eval.metrics.imagereward:ImageReward",
+}
+PUBLISHED = ("pickscore", "hpsv2", "aesthetics", "clip", "imagereward")  # the five of the published tables
+ALIASES = {"aes": "aesthetics", "hps": "hpsv2"}  # names of train.py's --choice_model
+DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "metrics.yaml"
+
+
+def canonical_name(name: str) -> str:
+    """The registry's name for `name` or its alias. Raises UserError for an unknown one."""
+    name = ALIASES.get(name, name)
+    if name not in METRICS:
+        raise UserError(f"no metric named {name}: choose from {', '.join(METRICS)} (or {', '.join(ALIASES)})")
+    return name
+
+
+def metric_class(name: str) -> type[Metric]:
+    module, class_name = METRICS[canonical_name(name)].split(":")
+    return getattr(importlib.import_module(module), class_name)
+
+
+def read_config(path: str | os.PathLike | None = None) -> dict[str, dict]:
+    """metrics.yaml: for each metric, the arguments of its class. A value that names a file or folder beside the yaml
+    file means that one. Raises UserError when the file is missing or no such mapping."""
+    path = Path(path or DEFAULT_CONFIG)
+    try:
+        config = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise UserError(f"no metrics config at {path}: leave --metrics_config out or name a file like "
+                        "configs/metrics.yaml") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(config, dict) or not all(isinstance(section, dict | None) for section in config.values()):
+        raise UserError(f"{path} must map metric names to their settings, as configs/metrics.yaml does")
+    for name in config:
+        canonical_name(name)
+    return {
+        name: {key: str(path.parent / value) if isinstance(value, str) and (path.parent / value).exists() else value
+               for key, value in (section or {}).items()}
+        for name, section in config.items()
+    }
+
+
+def metric_settings(name: str, config: dict | str | os.PathLike | None = None) -> dict:
+    """The settings of one metric; `config` is a metrics.yaml, what read_config made of one, or None for the default."""
+    config = config if isinstance(config, dict) else read_config(config)
+    return config.get(canonical_name(name), {})
+
+
+def metric_version(name: str, config: dict | str | os.PathLike | None = None) -> str:
+    """What a cached score depends on besides image and prompt: the class's revision and its settings, files by content.
+
+    Known without loading the model.
+    """
+    settings = metric_settings(name, config)
+    told = [f"{key}={'sha256:' + fingerprint(value) if isinstance(value, str) and Path(value).exists() else value}"
+            for key, value in sorted(settings.items())]
+    return " ".join([f"{canonical_name(name)} {metric_class(name).revision}", *told])
+
+
+def load_metric(name: str, device: str = "cpu", config: dict | str | os.PathLike | None = None) -> Metric:
+    """Load one metric's model.
+
+    Args:
+        name: a name of METRICS, or train.py's short form (aes, hps).
+        device: where the model runs.
+        config: a metrics.yaml, what read_config made of one, or None for configs/metrics.yaml.
+
+    Raises:
+        UserError: an unknown name or setting, or weights that cannot be had or do not fit.
+    """
+    name, cls = canonical_name(name), metric_class(name)
+    settings = metric_settings(name, config)
+    unknown = set(settings) - set(cls.settings())
+    if unknown:
+        raise UserError(f"{name} has no setting {', '.join(sorted(unknown))}: it takes {', '.join(cls.settings())}")
+    try:
+        metric = cls(device=device, **settings)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{name} cannot be loaded: {first_line(error)[:200]}") from error
+    metric.name, metric.version = name, metric_version(name, config)
+    return metric

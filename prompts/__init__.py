@@ -1,0 +1,71 @@
+"""Prompt groups: JSON lists of {"prompt": ...}, read by name (prompts/NAME.json) or by path."""
+
+import json
+import os
+from pathlib import Path
+
+from training.errors import UserError
+
+PROMPTS = Path(__file__).parent
+
+
+def group_path(name_or_path: str | os.PathLike) -> Path:
+    """prompts/NAME.json for a bare name, else the path itself."""
+    name = str(name_or_path)
+    return PROMPTS / f"{name}.json" if Path(name).name == name and not name.endswith(".json") else Path(name)
+
+
+def read_group(name_or_path: str | os.PathLike) -> list[str]:
+    """The prompts of a group, in order.
+
+    Raises UserError, with the line of the fault, when the file is no JSON list of {"prompt": non-empty text} (a list of
+    bare strings will do), and when it is missing or empty.
+    """
+    path = group_path(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        built = [file.stem for file in sorted(PROMPTS.glob("*.json"))]
+        raise UserError(f"no prompt group at {path}: `python -m prompts.build {path.stem}` makes a published one; "
+                        f"here are {', '.join(built)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    return parse_group(text, str(path))
+
+
+def parse_group(text: str, source: str) -> list[str]:
+    """read_group of a file's text; `source` names it in errors."""
+    decoder = json.JSONDecoder()
+    prompts, at = [], _skip_spaces(text, 0)
+    if text[at:at + 1] != "[":
+        raise _fault(source, text, at, "a prompt group is a JSON list, it must begin with [")
+    at = _skip_spaces(text, at + 1)
+    while text[at:at + 1] != "]":
+        try:
+            entry, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise _fault(source, text, error.pos, f"no JSON here ({error.msg})") from None
+        prompt = entry.get("prompt") if isinstance(entry, dict) else entry
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise _fault(source, text, at, f'entry {len(prompts) + 1} has no "prompt" that is non-empty text')
+        prompts.append(prompt)
+        at = _skip_spaces(text, end)
+        if text[at:at + 1] == ",":
+            at = _skip_spaces(text, at + 1)
+        elif text[at:at + 1] != "]":
+            raise _fault(source, text, at, "a comma or ] must follow")
+    if text[at + 1:].strip():
+        raise _fault(source, text, _skip_spaces(text, at + 1), "nothing may follow the list")
+    if not prompts:
+        raise UserError(f"{source} lists no prompt")
+    return prompts
+
+
+def _skip_spaces(text: str, at: int) -> int:
+    while text[at:at + 1].isspace():
+        at += 1
+    return at
+
+
+def _fault(source: str, text: str, at: int, what: str) -> UserError:
+    return UserError(f"{source}, line {text.count(chr(10), 0, at) + 1}: {what}")
