@@ -126,12 +126,6 @@ def load_spm_tokenizer(name: str | os.PathLike, cache_dir: str | None = None):
     return from_hub(AutoTokenizer, name, "the step-aware preference model's tokenizer", cache_dir=cache_dir)
 
 
-def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:
-    """(N, 77) token ids, padded and truncated to the tokenizer's length."""
-    return tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                     return_tensors="pt").input_ids
-
-
 def _without_buffers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Older transformers saved the position ids, which are no weights and which CLIPModel does not take any more."""
     return {key: value.float() for key, value in state.items() if not key.endswith(".position_ids")}

@@ -7,11 +7,11 @@ by the step-aware preference model, and one member chosen at random carries on: 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
 from losses.spo import choose_pairs, ddim_gaussian
+from training.draws import seeded_generator
 
 # predict(latents (N, C, h, w), timestep, prompts (N,)) -> the guided prediction (N, C, h, w);
 # score(clean latents (N, C, h, w), timestep, prompts (N,)) -> (N,). `prompts` are positions in the batch of prompts.
@@ -68,8 +68,7 @@ class Comparison:
 
 def prompt_generator(seed: int, epoch: int, prompt_index: int) -> torch.Generator:
     """The source of all of one prompt's draws in one epoch, on the CPU: the same on every device and in every batch."""
-    (state,) = np.random.SeedSequence([seed, epoch, prompt_index]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state) % 2**63)
+    return seeded_generator(seed, 4, epoch, prompt_index)
 
 
 def ddim_scheduler(base_scheduler, num_steps: int) -> DDIMScheduler:
