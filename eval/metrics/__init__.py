@@ -20,6 +20,7 @@ METRICS = {
     "aesthetics": "eval.metrics.aesthetics:Aesthetics",
     "clip": "eval.metrics.clip:CLIPScore",
     "imagereward": "eval.metrics.imagereward:ImageReward",
+    "oracle": "eval.metrics.oracle:Oracle",  # drawn shapes only
 }
 PUBLISHED = ("pickscore", "hpsv2", "aesthetics", "clip", "imagereward")  # the five of the published tables
 ALIASES = {"aes": "aesthetics", "hps": "hpsv2"}  # names of train.py's --choice_model
