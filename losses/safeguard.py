@@ -1,0 +1,36 @@
+"""The winner-preserving safeguard of Diffusion-SDPO (arXiv:2511.03317): scale the loser's gradient."""
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-9  # the official implementation's; it is added to an inner product of order 1/N, so it does shift lambda
+
+
+@torch.no_grad()
+def winner_preserving_scale(model_pred: Tensor, target: Tensor, mu: float, granularity: str = "batch") -> Tensor:
+    """lambda, the factor in [0, 1] on the loser's gradient that keeps the winner's error from rising to first order.
+
+    model_pred, target: (2B, C, H, W), winners first. mu: in [0, 1], larger is more conservative.
+    granularity: "batch" gives one lambda, shape (), from gradients of errors averaged over the local batch (official);
+    "sample" gives (B,), each pair's from that pair's errors alone, so that it does not depend on how a batch is split.
+
+    With g_w and g_l the gradients of the mean squared errors A and B with respect to the winner's and the loser's
+    predictions:  lambda = clamp((1 - mu) <g_w, g_w> / (<g_w, g_l> + 1e-9), 0, 1)  if <g_w, g_l> > 0, else 1.
+    Along -(g_w - lambda g_l) the winner's error then changes by at most -mu <g_w, g_w> to first order, in output space.
+    """
+    residual = (model_pred.float() - target.float()).flatten(1)
+    winner, loser = residual.chunk(2)
+    if granularity == "batch":
+        winner, loser = winner.reshape(1, -1), loser.reshape(1, -1)
+    gradient_scale = 2.0 / winner.shape[1]  # d mean(r^2) / dr = 2 r / N
+    winner, loser = winner * gradient_scale, loser * gradient_scale
+    winner_dot_winner = (winner * winner).sum(dim=1)
+    winner_dot_loser = (winner * loser).sum(dim=1)
+    scale = ((1.0 - mu) * winner_dot_winner / (winner_dot_loser + EPSILON)).clamp(0.0, 1.0)
+    scale = torch.where(winner_dot_loser > 0, scale, torch.ones_like(scale))
+    return scale.squeeze(0) if granularity == "batch" else scale
+
+
+def scale_gradient(value: Tensor, scale: Tensor | float) -> Tensor:
+    """`value` unchanged, its gradient multiplied by `scale`. The subtraction is exact: equal floats give 0."""
+    return value.detach() + scale * (value - value.detach())

@@ -1,0 +1,193 @@
+"""Preference optimisation of a text-to-image diffusion model: Diffusion-DPO, DSPO, DMPO, with or without the
+winner-preserving safeguard (Diffusion-SDPO), supervised fine-tuning on winners, and SPO.
+
+    accelerate launch train.py --config configs/train/sd15_diffusion_dpo.yaml [flags that win over the file]
+
+It reads from top to bottom: arguments, data, models, optimizer, resume, loop, result. The mathematics is in losses/.
+"""
+
+import math
+import secrets
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from tqdm.auto import tqdm
+
+from losses import preference_loss
+from training.arguments import TrainArguments, parse_arguments
+from training.checkpoints import (claim_output_dir, find_checkpoint, load_checkpoint, register_hooks, save_checkpoint,
+                                  save_result, write_run_file)
+from training.data import PairDataset, choose_pairs, load_table, make_loader
+from training.diffusion import noisy_batch, predict, predict_reference
+from training.errors import UserError, first_line, run_program
+from training.hub import push
+from training.logs import StepScalars, Throughput, peak_memory_gb
+from training.models import (load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler)
+from training.optimizers import (clips_gradients, effective_learning_rate, make_optimizer, make_schedule,
+                                 optimizer_name)
+from training.validation import validate
+
+
+def start_accelerator(args: TrainArguments) -> Accelerator:
+    """Devices, mixed precision and trackers, or one line that says what this machine lacks."""
+    project = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir)))
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to, project_config=project,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    except (ValueError, ImportError) as error:
+        raise UserError(f"accelerate cannot start with --mixed_precision {args.mixed_precision} --report_to "
+                        f"{args.report_to}: {first_line(error)}") from None
+    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("fp16 needs a GPU, and this runs on the CPU: use --mixed_precision bf16 or no")
+    if args.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError("this GPU has no bf16: use --mixed_precision fp16")
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def summary(args: TrainArguments, accelerator: Accelerator, pairs, lr: float, max_steps: int) -> str:
+    per_step = accelerator.num_processes * args.train_batch_size * args.gradient_accumulation_steps
+    safeguard = "off"
+    if args.use_winner_preserving:
+        safeguard = f"mu {args.winner_preserving_mu}, one lambda a {args.winner_preserving_granularity}"
+    reference = "none" if not args.needs_reference else "policy without adapter" if args.lora_rank else "frozen copy"
+    lines = {
+        "method": f"{args.train_method}, beta {args.beta_dpo:g}, safeguard {safeguard}",
+        "base": f"{args.pretrained_model_name_or_path} ({'SDXL' if args.sdxl else 'SD1.5'}, {args.resolution} px)",
+        "policy": f"LoRA rank {args.lora_rank}" if args.lora_rank else "whole UNet, float32 weights",
+        "reference": reference,
+        "precision": f"{args.mixed_precision}, errors in float32",
+        "pairs": "; ".join([f"{len(pairs)} of {args.dataset_name or args.train_data_dir}", *pairs.notes]),
+        "batch": f"{per_step} pairs a step = {accelerator.num_processes} device(s) x {args.train_batch_size} x "
+                 f"{args.gradient_accumulation_steps} accumulated",
+        "steps": f"{max_steps}, {max_steps * per_step / len(pairs):.2f} passes over the pairs",
+        "optimizer": f"{optimizer_name(args)}, learning rate {lr:.4g} after scaling, {args.lr_scheduler}, "
+                     f"{args.lr_warmup_steps} warm-up steps",
+        "seed": str(args.seed),
+        "output": args.output_dir,
+    }
+    return "\n".join(f"  {name:<10} {text}" for name, text in lines.items())
+
+
+def train(args: TrainArguments) -> None:
+    # 1. This process, and the run it belongs to.
+    accelerator = start_accelerator(args)
+    device, main_process = accelerator.device, accelerator.is_main_process
+    compute_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    claim_output_dir(args, accelerator)
+    if args.seed is None:
+        drawn = torch.tensor([secrets.randbelow(2**31)], device=device)
+        args.seed = int(accelerator.reduce(drawn if main_process else torch.zeros_like(drawn), reduction="sum"))
+    set_seed(args.seed)
+
+    # 2. Preference pairs, before any large model is read.
+    models = load_tokenizers_and_scheduler(args)
+    with accelerator.main_process_first():
+        pairs = choose_pairs(load_table(args), args, args.seed)
+
+    # 3. Models: frozen encoders, policy, and the reference it is compared with.
+    load_frozen_encoders(models, args, compute_dtype, device)
+    load_policy_and_reference(models, args, compute_dtype, device)
+    scale = 2 ** (len(models.vae.config.block_out_channels) - 1)
+    latent_shape = (models.vae.config.latent_channels, args.resolution // scale, args.resolution // scale)
+    dataset = PairDataset(pairs, models.tokenizers, args, args.seed, latent_shape)
+
+    # 4. Optimizer and schedule.
+    pairs_per_step = accelerator.num_processes * args.train_batch_size * args.gradient_accumulation_steps
+    max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(pairs) / pairs_per_step)
+    lr = effective_learning_rate(args, accelerator.num_processes)
+    trainable = [parameter for parameter in models.policy.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trainable, args, lr)
+    lr_scheduler = make_schedule(optimizer, args, max_steps)
+    policy, optimizer = accelerator.prepare(models.policy, optimizer)
+    unwrapped = accelerator.unwrap_model(policy)
+
+    # 5. Continue where a checkpoint ended, or start.
+    write_run_file(args, accelerator)
+    register_hooks(accelerator, lora=args.lora_rank > 0)
+    checkpoint = find_checkpoint(args, accelerator)
+    first_step = load_checkpoint(accelerator, lr_scheduler, checkpoint, args) if checkpoint else 0
+    if main_process:
+        accelerator.init_trackers(args.tracker_project_name, tracker_config(args))
+        print(f"Training\n{summary(args, accelerator, pairs, lr, max_steps)}", flush=True)
+        if checkpoint:
+            print(f"  resuming   {checkpoint}, after step {first_step}", flush=True)
+    loader = make_loader(dataset, args, accelerator.process_index, accelerator.num_processes, first_step, max_steps,
+                         pin_memory=device.type == "cuda")
+    micro_batches = iter(loader)
+
+    # 6. The loop: one optimizer step a turn.
+    loss_config = args.loss_config()
+    scalars, throughput, saved_step = StepScalars(), Throughput(pairs_per_step), first_step
+    bar = tqdm(range(first_step, max_steps), initial=first_step, total=max_steps, desc=args.train_method, unit="step",
+               disable=not accelerator.is_local_main_process, dynamic_ncols=True)
+    for step in bar:
+        for _ in range(args.gradient_accumulation_steps):
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(micro_batches).items()}
+            with accelerator.accumulate(policy):
+                inputs = noisy_batch(batch, models, args)
+                with accelerator.autocast():
+                    ref_pred = predict_reference(models, unwrapped, inputs) if args.needs_reference else None
+                result = preference_loss(predict(policy, inputs), ref_pred, inputs.target, loss_config)
+                accelerator.backward(result.loss)
+                scalars.add(result.logs)
+        grad_norm = gradient_norm(accelerator, policy, trainable, args)
+        optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+
+        logs = scalars.reduce(accelerator, grad_norm=grad_norm)
+        logs |= {"lr": lr_scheduler.get_last_lr()[0], "pairs_per_second": throughput(),
+                 "peak_memory_gb": peak_memory_gb(device)}
+        accelerator.log(logs, step=done)
+        bar.set_postfix(shown_in_bar(logs))
+
+        if args.checkpointing_steps and done % args.checkpointing_steps == 0 and done < max_steps:
+            save_checkpoint(accelerator, policy, lr_scheduler, done, args)
+            saved_step = done
+        if args.validation_prompts and (done % args.validation_steps == 0 or done == max_steps):
+            if main_process:
+                validate(models, unwrapped, args, accelerator, done)
+            accelerator.wait_for_everyone()
+
+    # 7. The result: a last checkpoint, unet.pth, and a pipeline that diffusers opens.
+    if saved_step < max_steps:
+        save_checkpoint(accelerator, policy, lr_scheduler, max_steps, args)
+    save_result(accelerator, policy, args)
+    accelerator.end_training()
+    if main_process:
+        print(f"Done: {Path(args.output_dir, 'unet.pth')} and a diffusers pipeline in {args.output_dir}", flush=True)
+        if args.push_to_hub:
+            print(f"Published at {push(args)}", flush=True)
+
+
+def gradient_norm(accelerator: Accelerator, policy, trainable: list, args: TrainArguments):
+    """The norm before clipping, as a tensor on the device; the gradients are clipped where the published rule says."""
+    max_norm = args.max_grad_norm if clips_gradients(args) else math.inf
+    norm = accelerator.clip_grad_norm_(trainable, max_norm)
+    return norm if norm is not None else 0.0  # DeepSpeed clips by itself
+
+
+def tracker_config(args: TrainArguments) -> dict:
+    return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in vars(args).items()}
+
+
+def shown_in_bar(logs: dict[str, float]) -> dict[str, str]:
+    names = {"train_loss": "loss", "implicit_acc_accumulated": "acc", "avg_lose_l_scale": "lambda",
+             "pairs_per_second": "pairs/s"}
+    return {short: f"{logs[name]:.4g}" for name, short in names.items() if name in logs}
+
+
+def main() -> None:
+    train(parse_arguments())
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,1 @@
+"""What train.py is made of: arguments, models, data, noising, checkpoints, logging."""

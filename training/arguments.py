@@ -1,0 +1,242 @@
+"""train.py's options: names and defaults of the published program, checked before anything is loaded."""
+
+import difflib
+import math
+import os
+import sys
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from losses import METHODS, LossConfig
+from training.errors import UserError, first_line
+
+
+def option(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainArguments:
+    # Models
+    pretrained_model_name_or_path: str = field(metadata={"help": "base pipeline: a diffusers folder or a hub id"})
+    revision: str | None = option(None, "hub revision of the base pipeline")
+    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE than the base pipeline's")
+    unet_init: str | None = option(None, "weights that start policy AND reference: a diffusers folder, unet.pth, ...")
+    sdxl: bool = option(False, "SDXL: two text encoders, size conditioning, Adafactor, gradient checkpointing, 1024 px")
+    lora_rank: int = option(0, "train LoRA of this rank on the attention layers; 0 trains the whole UNet")
+    cache_dir: str | None = option(None, "where hub downloads are kept")
+
+    # Objective
+    train_method: Literal["diffusion-dpo", "dspo", "dmpo", "sft", "spo"] = option("diffusion-dpo", "the objective")
+    sft: bool = option(False, "the same as --train_method sft")
+    beta_dpo: float = option(5000.0, "beta, strength of the implicit KL to the reference")
+    dmpo_alpha: float = option(0.0, "DMPO's label smoothing, in [0, 1)")
+    use_winner_preserving: bool = option(False, "the SDPO safeguard: scale the loser's gradient by lambda")
+    winner_preserving_mu: float = option(0.0, "the safeguard's strength in [0, 1]; larger is more conservative")
+    winner_preserving_granularity: Literal["batch", "sample"] = option("batch", "one lambda a micro-batch, or a pair")
+
+    # Data
+    dataset_name: str | None = option(None, "preference pairs: a hub id or a local folder or parquet file")
+    dataset_config_name: str | None = option(None, "configuration of the hub dataset")
+    train_data_dir: str | None = option(None, "local folder (parquet, or saved by datasets) of the same columns")
+    split: str = option("train", "split of the dataset; only 'train' is shuffled")
+    image_column: str = option("image", "image column of a dataset without pairs (sft only)")
+    caption_column: str = option("caption", "caption column")
+    max_train_samples: int | None = option(None, "use a seeded shuffle's first N pairs")
+    resolution: int | None = option(None, "training size in pixels (default 512, with --sdxl 1024)")
+    random_crop: bool = option(False, "random instead of centre crops, drawn for each image")
+    no_hflip: bool = option(False, "no horizontal flips")
+    paired_hflip: bool = option(False, "flip winner and loser together instead of independently")
+    proportion_empty_prompts: float = option(0.2, "share of prompts replaced by the empty one")
+    choice_model: Literal["aes", "clip", "hps", "pickscore"] | None = option(None, "relabel the pairs by this scorer")
+    metrics_config: str | None = option(None, "model ids and paths of --choice_model (default configs/metrics.yaml)")
+    dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models")
+    dataloader_num_workers: int = option(0, "processes that decode images, a device")
+
+    # Optimisation
+    train_batch_size: int = option(1, "pairs a device in a micro-step")
+    gradient_accumulation_steps: int = option(1, "micro-steps an optimizer step")
+    max_train_steps: int = option(2000, "optimizer steps; 0 counts --num_train_epochs instead")
+    num_train_epochs: int = option(100, "passes over the data, where --max_train_steps is 0")
+    learning_rate: float = option(1e-8, "peak learning rate, before --scale_lr")
+    scale_lr: bool = option(False, "multiply the learning rate by devices * batch * accumulation")
+    lr_scheduler: str = option("constant_with_warmup", "a schedule of diffusers.optimization")
+    lr_warmup_steps: int = option(500, "optimizer steps of linear warm-up")
+    optimizer: Literal["auto", "adamw", "adafactor", "sgd"] = option("auto", "auto: AdamW, Adafactor for SDXL")
+    use_adafactor: bool = option(False, "Adafactor, and no gradient clipping (as published)")
+    adam_beta1: float = option(0.9, "AdamW beta1")
+    adam_beta2: float = option(0.999, "AdamW beta2")
+    adam_weight_decay: float = option(1e-2, "weight decay, of Adafactor too")
+    adam_epsilon: float = option(1e-8, "AdamW epsilon")
+    max_grad_norm: float = option(1.0, "gradient norm clip")
+    noise_offset: float = option(0.0, "scale of a per-channel offset added to the noise")
+    input_perturbation: float = option(0.0, "scale of extra noise on the UNet's input, shared by the pair")
+    seed: int | None = option(None, "seed of everything random (default: drawn, and printed)")
+
+    # Precision, speed and memory
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("fp16", "compute dtype of the UNets, VAE and text encoders")
+    allow_tf32: bool = option(False, "TF32 matrix products on NVIDIA GPUs")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+
+    # Output
+    output_dir: str = option("sd-model-finetuned", "checkpoints, logs and the trained pipeline")
+    checkpointing_steps: int = option(500, "optimizer steps between checkpoints; 0 keeps only the final one")
+    checkpoints_total_limit: int | None = option(None, "keep this many checkpoints, the newest")
+    resume_from_checkpoint: str | None = option("latest", "a checkpoint folder, 'latest' or 'none'")
+    allow_changed_resume: bool = option(False, "resume although settings that matter have changed")
+    hard_skip_resume: bool = option(False, "accepted: resuming never replays the data here")
+    logging_dir: str = option("logs", "tracker files, inside output_dir")
+    report_to: str = option("tensorboard", "tracker of accelerate: tensorboard, wandb, ..., all or none")
+    tracker_project_name: str = option("tuning", "project name in the tracker")
+    validation_prompts: list[str] = option([], "prompts drawn by policy and reference from the same noise")
+    validation_steps: int = option(500, "optimizer steps between validations")
+    push_to_hub: bool = option(False, "upload the trained pipeline, with a model card")
+    hub_model_id: str | None = option(None, "repository to push to (default: the name of output_dir)")
+    local_rank: int = option(-1, "accepted and ignored: accelerate knows the rank")
+
+    def loss_config(self) -> LossConfig:
+        return LossConfig(self.train_method, self.beta_dpo, self.dmpo_alpha, self.use_winner_preserving,
+                          self.winner_preserving_mu, self.winner_preserving_granularity, self.sdxl)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.train_method != "sft"
+
+
+def yaml_to_argv(path: str, known: list[str]) -> list[str]:
+    """A yaml file of `flag: value` as command-line words, so that one parser checks both; the real words come after."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the configuration {path}: {first_line(error)}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold lines of `flag: value`, not a {type(settings).__name__}")
+    argv = []
+    for key, value in settings.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else "; see train.py --help"
+            raise UserError(f"{path}: no option is called '{key}'{hint}")
+        if isinstance(value, dict) or isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
+            raise UserError(f"{path}: '{key}' must be a plain value or a list of them")
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{key}={values[0]}"] if len(values) == 1 else [f"--{key}", *map(str, values)]
+    return argv
+
+
+def parse_arguments(argv: list[str] | None = None, *classes):
+    """Command line and --config FILE.yaml (the command line wins) -> checked TrainArguments.
+
+    `classes` adds further dataclasses of options; then a tuple comes back. Raises UserError.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser((TrainArguments, *classes), prog="train.py", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="options in a file; the command line wins")
+    config = _config_file(argv)
+    if config is not None:
+        known = [f.name for cls in (TrainArguments, *classes) for f in fields(cls)]
+        argv = yaml_to_argv(config, known) + argv
+    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    args = parsed[0]
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    check_arguments(args, given)
+    return (args, *parsed[1:1 + len(classes)]) if classes else args
+
+
+def _config_file(argv: list[str]) -> str | None:
+    for position, word in enumerate(argv):
+        if word.startswith("--config="):
+            return word.split("=", 1)[1]
+        if word == "--config" and position + 1 < len(argv):
+            return argv[position + 1]
+    return None
+
+
+def warn(message: str) -> None:
+    """One line on stderr, from one process of the node."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None:
+    """Refuse bad values, settle defaults that depend on others, warn of options the method ignores. Raises UserError."""
+    if args.sft:
+        if "train_method" in given and args.train_method != "sft":
+            raise UserError(f"--sft and --train_method {args.train_method} contradict each other: drop one")
+        args.train_method = "sft"
+    if args.resolution is None:
+        args.resolution = 1024 if args.sdxl else 512
+
+    if args.train_method in METHODS:
+        try:
+            args.loss_config()
+        except ValueError as error:
+            flag = {"beta": "beta_dpo"}.get(str(error).split()[0], str(error).split()[0])
+            raise UserError(f"--{flag}: {error}") from None
+    for name in ("train_batch_size", "gradient_accumulation_steps", "resolution", "validation_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("lora_rank", "max_train_steps", "lr_warmup_steps", "checkpointing_steps", "dataloader_num_workers",
+                 "noise_offset", "input_perturbation", "adam_weight_decay", "num_train_epochs"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+        value = getattr(args, name)
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name} must be a finite number above 0, not {value}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must lie in [0, 1), not {getattr(args, name)}")
+    if not 0 <= args.proportion_empty_prompts <= 1:
+        raise UserError(f"--proportion_empty_prompts must lie in [0, 1], not {args.proportion_empty_prompts}")
+    if args.resolution % 8:
+        raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {args.resolution}")
+    if args.max_train_samples is not None and args.max_train_samples < 1:
+        raise UserError(f"--max_train_samples must be at least 1, not {args.max_train_samples}")
+    if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
+        raise UserError(f"--checkpoints_total_limit must be at least 1, not {args.checkpoints_total_limit}")
+    if args.max_train_steps == 0 and args.num_train_epochs == 0:
+        raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
+    if args.train_method != "spo" and args.dataset_name is None and args.train_data_dir is None:
+        raise UserError("name the preference pairs: --dataset_name (hub id, folder or parquet) or --train_data_dir")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must lie in [0, 2^63), not {args.seed}")
+
+    _warn_of_ignored(args, given)
+
+
+def _warn_of_ignored(args: TrainArguments, given: set[str]) -> None:
+    def ignored(name: str, reason: str) -> None:
+        if name in given and getattr(args, name) != _default(name):
+            warn(f"--{name} does nothing here: {reason}")
+
+    if args.train_method != "dmpo":
+        ignored("dmpo_alpha", f"only dmpo has a label smoothing, this is {args.train_method}")
+    if args.train_method == "sft":
+        for name in ("beta_dpo", "use_winner_preserving"):
+            ignored(name, "sft trains on winners alone, without a reference")
+    if not args.use_winner_preserving:
+        for name in ("winner_preserving_mu", "winner_preserving_granularity"):
+            ignored(name, "the safeguard is off (--use_winner_preserving turns it on)")
+    if args.no_hflip:
+        ignored("paired_hflip", "flips are off (--no_hflip)")
+    if args.train_method != "sft":
+        ignored("image_column", "pairs have the columns jpg_0 and jpg_1")
+    ignored("hard_skip_resume", "resuming never replays the data")
+    if args.lr_warmup_steps > args.max_train_steps > 0:
+        warn(f"--lr_warmup_steps {args.lr_warmup_steps} is more than --max_train_steps {args.max_train_steps}: "
+             "the learning rate never reaches its peak")
+
+
+def _default(name: str):
+    for f in fields(TrainArguments):
+        if f.name == name:
+            return f.default if f.default is not MISSING else f.default_factory()
+    raise KeyError(name)

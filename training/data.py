@@ -1,0 +1,181 @@
+"""Preference pairs: loading, choosing and labelling them, and turning one into tensors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from training.arguments import TrainArguments
+from training.draws import PairStream, draw_pair
+from training.errors import UserError, first_line
+from training.images import decode_image, image_bytes, to_pixels
+
+PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0")
+
+
+# --- loading -----------------------------------------------------------------------------------------------------------
+
+def load_table(args: TrainArguments) -> datasets.Dataset:
+    """The split named by the arguments, images still encoded. Raises UserError when it cannot be had."""
+    source = args.train_data_dir or args.dataset_name
+    path = Path(source)
+    try:
+        if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            table = datasets.load_from_disk(source)
+            table = table[args.split] if isinstance(table, datasets.DatasetDict) else table
+        elif path.is_file():
+            table = datasets.load_dataset("parquet", data_files={args.split: source}, split=args.split,
+                                          cache_dir=args.cache_dir)
+        elif args.train_data_dir and not path.is_dir():
+            raise UserError(f"--train_data_dir {source}: no such folder or parquet file")
+        else:
+            table = datasets.load_dataset(source, args.dataset_config_name, split=args.split, cache_dir=args.cache_dir)
+    except UserError:
+        raise
+    except KeyError:
+        raise UserError(f"{source} has no split '{args.split}': choose one with --split") from None
+    except Exception as error:  # datasets and its readers raise many kinds; each is a fault of the named dataset
+        raise UserError(f"cannot load the dataset {source}: no such folder here, or the hub does not give it or cannot "
+                        f"be reached ({type(error).__name__}: {first_line(error)[:200]})") from None
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
+def column_values(table: datasets.Dataset, name: str) -> np.ndarray:
+    """A whole column without reading the others (the images)."""
+    return np.array(table.select_columns(name).with_format("arrow")[:][name].to_pylist(), dtype=object)
+
+
+@dataclass
+class PairTable:
+    """rows: the table. index: (n,) the usable rows. first_wins: (n,) bool, image 0 is the winner. single: the column
+    of a dataset without pairs (sft). notes: what was dropped, for the start-up summary."""
+
+    rows: datasets.Dataset
+    index: np.ndarray
+    first_wins: np.ndarray
+    caption_column: str
+    single: str | None
+    notes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
+                 labels: np.ndarray | None = None) -> PairTable:
+    """Which rows are trained on, and who wins (method rules: label_0 is 1, 0 or 0.5; 0.5 is dropped).
+
+    labels: (rows,) replaces label_0, for AI feedback. Raises UserError for missing columns, labels outside
+    {0, 0.5, 1}, or when nothing is left.
+    """
+    names, notes = table.column_names, []
+    source = args.train_data_dir or args.dataset_name
+    single = None
+    if args.train_method == "sft" and "jpg_0" not in names and args.image_column in names:
+        single, needed = args.image_column, [args.caption_column]
+    else:
+        needed = [args.caption_column, "jpg_0", "jpg_1"] + (["label_0"] if labels is None else [])
+    needed += ["model_0", "model_1"] if args.dreamlike_pairs_only else []
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise UserError(f"{source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has "
+                        f"{', '.join(names)}. Pairs need caption, jpg_0, jpg_1 and label_0")
+
+    keep = np.ones(len(table), dtype=bool)
+    first_wins = np.ones(len(table), dtype=bool)
+    if single is None:
+        labels = column_values(table, "label_0") if labels is None else labels
+        unlabelled = np.array([label is None or label != label for label in labels], dtype=bool)
+        values = np.array([0.5 if bad else label for label, bad in zip(labels, unlabelled)], dtype=np.float64)
+        odd = np.flatnonzero(~np.isin(values, (0.0, 0.5, 1.0)))
+        if len(odd):
+            raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, but row {odd[0]} has {labels[odd[0]]} "
+                            f"({len(odd)} such rows)")
+        first_wins, keep = values == 1.0, values != 0.5
+        undecided = int((~keep).sum() - unlabelled.sum())
+        notes.append(f"{undecided} of {len(table)} pairs dropped without a decision (label_0 = 0.5)")
+        if unlabelled.any():
+            notes.append(f"{int(unlabelled.sum())} pairs dropped without a label")
+    if args.dreamlike_pairs_only:
+        dream = np.array(["dream" in str(a).lower() and "dream" in str(b).lower()
+                          for a, b in zip(column_values(table, "model_0"), column_values(table, "model_1"))], dtype=bool)
+        notes.append(f"{int((keep & ~dream).sum())} pairs dropped that are not of two Dreamlike models")
+        keep &= dream
+    index = np.flatnonzero(keep)
+    if args.max_train_samples is not None and args.max_train_samples < len(index):
+        index = np.random.default_rng([seed, 2]).permutation(index)[:args.max_train_samples]
+        notes.append(f"{len(index)} kept by --max_train_samples")
+    if len(index) == 0:
+        raise UserError(f"no usable pair is left of {len(table)} in {source}: {'; '.join(notes) or 'it is empty'}")
+    return PairTable(table, index, first_wins[index], args.caption_column, single, notes)
+
+
+# --- one pair ----------------------------------------------------------------------------------------------------------
+
+class PairDataset(torch.utils.data.Dataset):
+    """(position, index) -> one pair as tensors: everything that the training step needs and that is random about it.
+
+    pixel_values (2, 3, H, W) in [-1, 1], winner first (sft: (1, ...)); timestep () in [0, 1); noise (C, h, w);
+    vae_noise (2, C, h, w); input_ids.N (77,) for each tokenizer; position ().
+    """
+
+    def __init__(self, pairs: PairTable, tokenizers: list, args: TrainArguments, seed: int,
+                 latent_shape: tuple[int, int, int]):
+        self.pairs, self.tokenizers, self.args, self.seed = pairs, tokenizers, args, seed
+        self.latent_shape = latent_shape
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, torch.Tensor]:
+        position, index = place
+        args = self.args
+        draw = draw_pair(self.seed, position, self.latent_shape, perturb=args.input_perturbation > 0)
+        row = self.pairs.rows[int(self.pairs.index[index])]
+        if self.pairs.single is not None:
+            images = [row[self.pairs.single]]
+        else:
+            images = [row["jpg_0"], row["jpg_1"]] if self.pairs.first_wins[index] else [row["jpg_1"], row["jpg_0"]]
+            images = images[:1] if args.train_method == "sft" else images
+        flip = draw.flip[[0, 0]] if args.paired_hflip else draw.flip
+        pixels = [to_pixels(decode_image(image_bytes(image)), args.resolution,
+                            crop=draw.crop[i] if args.random_crop else None,
+                            flip=not args.no_hflip and bool(flip[i] < 0.5)) for i, image in enumerate(images)]
+        caption = "" if draw.drop_prompt < args.proportion_empty_prompts else row[self.pairs.caption_column] or ""
+        noise = draw.noise + args.noise_offset * draw.offset_noise if args.noise_offset else draw.noise
+        item = {
+            "pixel_values": torch.stack(pixels),
+            "vae_noise": draw.vae_noise[:len(pixels)],
+            "noise": noise,
+            "timestep": torch.tensor(draw.timestep, dtype=torch.float64),
+            "position": torch.tensor(position),
+        }
+        if draw.perturbation is not None:
+            item["input_noise"] = noise + args.input_perturbation * draw.perturbation
+        for number, tokenizer in enumerate(self.tokenizers):
+            item[f"input_ids.{number}"] = tokenize(tokenizer, [caption])[0]
+        return item
+
+
+def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
+    """(N, 77) token ids, padded and truncated."""
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                     return_tensors="pt").input_ids
+
+
+def make_loader(dataset: PairDataset, args: TrainArguments, rank: int, world_size: int, first_step: int,
+                last_step: int, pin_memory: bool) -> DataLoader:
+    """Micro-batches for the optimizer steps first_step..last_step-1 of this process, pairs stacked: (B, ...)."""
+    accumulation = args.gradient_accumulation_steps
+    stream = PairStream(len(dataset), args.train_batch_size, rank, world_size, dataset.seed,
+                        shuffle=args.split == "train", first_micro_step=first_step * accumulation,
+                        last_micro_step=last_step * accumulation)
+    workers = args.dataloader_num_workers
+    return DataLoader(dataset, batch_sampler=stream, num_workers=workers, pin_memory=pin_memory,
+                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None)

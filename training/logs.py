@@ -1,0 +1,56 @@
+"""Scalars of an optimizer step: kept on the device, averaged over micro-batches and processes in one collective."""
+
+import time
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class StepScalars:
+    """Sums each micro-step's logs on the device; one reduction and one host synchronisation an optimizer step."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, logs: dict[str, Tensor]) -> None:
+        for name, value in logs.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def reduce(self, accelerator: Accelerator, **extra: float | Tensor) -> dict[str, float]:
+        """Means over micro-batches and processes, emptied for the next step; `extra` are averaged over processes only.
+
+        Every process must call this, with the same names.
+        """
+        values = [value.float() / self.count for value in self.sums.values()]
+        values += [torch.as_tensor(value, dtype=torch.float32, device=accelerator.device) for value in extra.values()]
+        means = accelerator.reduce(torch.stack(values), reduction="mean").tolist()
+        scalars = dict(zip([*self.sums, *extra], means))
+        self.sums, self.count = {}, 0
+        if "margin_square" in scalars:
+            variance = scalars.pop("margin_square") - scalars["margin_mean"] ** 2
+            scalars["margin_std"] = max(variance, 0.0) ** 0.5
+        return scalars
+
+
+class Throughput:
+    """Pairs a second of all processes since the last call."""
+
+    def __init__(self, pairs_per_step: int):
+        self.pairs_per_step = pairs_per_step
+        self.last = time.perf_counter()
+
+    def __call__(self) -> float:
+        now = time.perf_counter()
+        rate, self.last = self.pairs_per_step / max(now - self.last, 1e-9), now
+        return rate
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak device memory (CUDA) or resident memory of the process (CPU) in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
