@@ -52,6 +52,8 @@ def parse_group(text: str, source: str) -> list[str]:
         at = _skip_spaces(text, end)
         if text[at:at + 1] == ",":
             at = _skip_spaces(text, at + 1)
+            if text[at:at + 1] == "]":
+                raise _fault(source, text, at, "no entry follows the last comma")
         elif text[at:at + 1] != "]":
             raise _fault(source, text, at, "a comma or ] must follow")
     if text[at + 1:].strip():

@@ -29,14 +29,15 @@ class Metric:
     """Scores how well images answer their prompts; higher is better.
 
     Set by load_metric: `name` (the registry's) and `version` (names weights and settings; cached scores are keyed by
-    it). A subclass either sets `image_size` and writes `_score`, or leaves `image_size` None and writes `score`.
+    it). A subclass writes `_score`; one that looks at the images themselves sets `image_size` to None and writes
+    `score`, which may be called from several threads at once.
     """
 
     name: str
     version: str
     label: str  # as the published logs call it
     revision = 1  # raised when the computation changes, so that cached scores are not reused
-    image_size: int | None = None  # None: it looks at the images themselves
+    image_size: int | None = 224  # side of the pixels it looks at; None: the images themselves
     mean = CLIP_MEAN
     std = CLIP_STD
 

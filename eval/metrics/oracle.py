@@ -12,6 +12,7 @@ class Oracle(Metric):
     weights and judges captions of drawings only: any other prompt raises UserError."""
 
     label = "Oracle"
+    image_size = None
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         return torch.tensor([judge(image, prompt).score for image, prompt in zip(images, prompts, strict=True)])
