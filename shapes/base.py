@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -26,14 +27,20 @@ from transformers import CLIPTextModel
 
 from shapes.drawing import (COLOURS, FLAW_NAMES, KINDS, POSITIONS, SIZES, Drawing, Flaws, caption, random_drawing,
                             random_flaws, render)
+from shapes.oracle import judge
 from shapes.pairs import pair_row, write_rows
-from shapes.pipeline import clip_tokenizer, sd15_scheduler, text_config
+from shapes.pipeline import (GUIDANCE_SCALE, SHIPPED, assemble, base_pipeline, clip_tokenizer, draw_images,
+                             text_config)
 from training.errors import run_program
 
 RESOLUTION = 32
 TEXT_WIDTH = 64
 POOR_SHARE = 0.5  # of the drawings the base learns from
-POOR_STRENGTH = (0.2, 0.7)  # of their flaws
+POOR_STRENGTH = (0.2, 0.55)  # of their flaws
+VAE_STEPS = 2000
+TEXT_STEPS = 800
+NUM_PAIRS = 30_000
+DOCS_GRID = Path(__file__).parents[1] / "docs" / "images" / "base_grid.png"
 
 
 def held_out(drawing: Drawing) -> bool:
@@ -113,7 +120,7 @@ def train_text_encoder(steps: int, seed: int, batch_size: int = 64) -> CLIPTextM
 
 def new_unet() -> UNet2DConditionModel:
     """The base's UNet, untrained: two levels with cross-attention at both."""
-    return UNet2DConditionModel(sample_size=RESOLUTION // 4, block_out_channels=(64, 96), layers_per_block=1,
+    return UNet2DConditionModel(sample_size=RESOLUTION // 4, block_out_channels=(64, 80), layers_per_block=1,
                                 norm_num_groups=16, cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,
                                 down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))
@@ -128,6 +135,49 @@ def write_training_pairs(folder: Path, num_pairs: int, seed: int) -> None:
         first, second = (render(drawing, RESOLUTION, mixed_flaws(rng)) for _ in range(2))
         rows.append(pair_row(caption(drawing), first, second, rng))
     write_rows(folder, rows)
+
+
+def prepare(output: Path, seed: int) -> None:
+    """Everything that the UNet's training needs, in `output`: start/ (a pipeline whose UNet is untrained) and pairs/.
+    What is already there is kept."""
+    torch.manual_seed(seed)
+    if not (output / "vae").is_dir():
+        train_vae(VAE_STEPS, seed).save_pretrained(output / "vae")
+    if not (output / "text_encoder").is_dir():
+        train_text_encoder(TEXT_STEPS, seed).save_pretrained(output / "text_encoder")
+    if not (output / "pairs").is_dir():
+        write_training_pairs(output / "pairs", NUM_PAIRS, seed)
+    if not (output / "start").is_dir():
+        torch.manual_seed(seed)
+        assemble(AutoencoderKL.from_pretrained(output / "vae"),
+                 CLIPTextModel.from_pretrained(output / "text_encoder", dtype=torch.float32),
+                 new_unet()).save_pretrained(output / "start")
+
+
+def ship(output: Path, num_prompts: int) -> None:
+    """Write the trained parts of the pipeline in output/trained as float16 into shapes/base, then open what was shipped
+    and tell what the oracle says of its drawings; the grid of images goes to docs/images."""
+    trained = StableDiffusionPipeline.from_pretrained(output / "trained", dtype=torch.float16)
+    for name in ("vae", "text_encoder", "unet"):
+        getattr(trained, name).save_pretrained(SHIPPED / name)
+    size = sum(path.stat().st_size for path in SHIPPED.rglob("*.safetensors"))
+    print(f"shipped {size / 1e6:.1f} MB in {SHIPPED.relative_to(Path.cwd())}")
+
+    pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline())
+    for unseen in (False, True):
+        rng = random.Random(1)
+        prompts = [caption(sample_drawing(rng, unseen)) for _ in range(num_prompts)]
+        start = time.time()
+        images = draw_images(pipeline, prompts)
+        seconds = (time.time() - start) / num_prompts
+        judgements = [judge(image, prompt) for image, prompt in zip(images, prompts)]
+        shares = {name: sum(getattr(judgement, name) for judgement in judgements) / num_prompts
+                  for name in ("shape", "colour", "background", "position", "all_right", "cleanliness", "score")}
+        print(f"{num_prompts} {'unseen' if unseen else 'seen'} prompts, 30 steps, guidance {GUIDANCE_SCALE}, "
+              f"{1000 * seconds:.0f} ms an image: " + ", ".join(f"{key} {value:.3f}" for key, value in shares.items()))
+    grid = [image.resize((96, 96), Image.Resampling.NEAREST) for image in images[:40]]  # of unseen prompts
+    DOCS_GRID.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(grid, rows=4, cols=10).save(DOCS_GRID)
 
 
 def _minimise(parameters, loss_at, steps, learning_rate, name):
@@ -160,3 +210,20 @@ def _attribute_indices(drawing, choices):
     for shape in (*drawing.shapes, None)[:2]:
         values += [shape.kind, shape.colour, shape.size, shape.position] if shape else [None] * 4
     return [choice.index(value) for choice, value in zip(choices, values)]
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Prepare, and then ship, the base model that draws shapes.")
+    parser.add_argument("step", choices=("prepare", "ship"))
+    parser.add_argument("--output", type=Path, default=Path("outputs/base"), help="folder of the build")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_prompts", type=int, default=400, help="seen and unseen prompts, each, to judge")
+    args = parser.parse_args()
+    if args.step == "prepare":
+        prepare(args.output, args.seed)
+    else:
+        ship(args.output, args.num_prompts)
+
+
+if __name__ == "__main__":
+    run_program(main)

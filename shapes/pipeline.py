@@ -1,17 +1,25 @@
 """Small Stable Diffusion pipelines of the real diffusers classes, built offline.
 
 build_pipeline writes an untrained one, SD1.5-shaped or SDXL-shaped, in seconds: for tests and for trying commands.
+base_pipeline opens the trained one that is shipped in shapes/base; draw_images draws with either.
 """
 
+import hashlib
 import os
 from pathlib import Path
 
 import torch
-from diffusers import (AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline,
+from diffusers import (AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline,
                        StableDiffusionXLPipeline, UNet2DConditionModel)
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from training.errors import UserError
+
 KINDS = ("sd15", "sdxl")
+SHIPPED = Path(__file__).parent / "base"
+OPENED = Path(__file__).parents[1] / "outputs" / "shapes_base"
+GUIDANCE_SCALE = 2.0  # at which the base draws best
 
 
 def build_pipeline(folder: str | os.PathLike, kind: str = "sd15", seed: int = 0,
@@ -56,6 +64,46 @@ def sd15_scheduler(prediction_type: str = "epsilon") -> PNDMScheduler:
     return scheduler
 
 
+def assemble(vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline of these parts, CLIP's tokenizer and SD1.5's scheduler."""
+    return StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=clip_tokenizer(), unet=unet,
+                                   scheduler=sd15_scheduler(), safety_checker=None, feature_extractor=None,
+                                   requires_safety_checker=False)
+
+
+def base_pipeline(folder: str | os.PathLike = OPENED) -> Path:
+    """The trained base as a diffusers folder in float32 (native resolution 32); made from the shipped float16 weights
+    on the first call and when those change. Raises UserError where the weights are not there."""
+    folder, weights = Path(folder), sorted(SHIPPED.rglob("*.safetensors"))
+    if len(weights) != 3:
+        raise UserError(f"the base's weights are not in {SHIPPED}: bash scripts/build_base.sh makes them")
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
+    stamp = folder / "made_from"
+    if not stamp.is_file() or stamp.read_text() != digest:
+        parts = [cls.from_pretrained(SHIPPED / name).float()
+                 for name, cls in (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel),
+                                   ("unet", UNet2DConditionModel))]
+        assemble(*parts).save_pretrained(folder)
+        stamp.write_text(digest)
+    return folder
+
+
+def draw_images(pipeline: StableDiffusionPipeline, prompts: list[str], first_seed: int = 0,
+                num_inference_steps: int = 30, guidance_scale: float = GUIDANCE_SCALE,
+                batch_size: int = 50) -> list[Image.Image]:
+    """One image a prompt by DDIM; image i starts from the noise of seed first_seed + i, whatever the batch size."""
+    scheduler, pipeline.scheduler = pipeline.scheduler, DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start:start + batch_size]
+        noise = [torch.Generator().manual_seed(first_seed + start + index) for index in range(len(batch))]
+        images += pipeline(batch, generator=noise, num_inference_steps=num_inference_steps,
+                           guidance_scale=guidance_scale).images
+    pipeline.scheduler = scheduler
+    return images
+
+
 def _vae(scaling_factor):
     return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                          block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=8, latent_channels=4,
@@ -67,9 +115,9 @@ def _sd15(prediction_type):
                                 cross_attention_dim=32, attention_head_dim=4,
                                 down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-    return StableDiffusionPipeline(vae=_vae(0.18215), text_encoder=CLIPTextModel(text_config(32, 1)),
-                                   tokenizer=clip_tokenizer(), unet=unet, scheduler=sd15_scheduler(prediction_type),
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline = assemble(_vae(0.18215), CLIPTextModel(text_config(32, 1)), unet)
+    pipeline.register_modules(scheduler=sd15_scheduler(prediction_type))
+    return pipeline
 
 
 def _sdxl(prediction_type):
