@@ -10,7 +10,10 @@ import math
 import secrets
 from pathlib import Path
 
+import datasets
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
@@ -186,6 +189,8 @@ def shown_in_bar(logs: dict[str, float]) -> dict[str, str]:
 
 
 def main() -> None:
+    for library in (datasets, diffusers.utils.logging, transformers.utils.logging):
+        (getattr(library, "disable_progress_bar", None) or library.disable_progress_bars)()  # ours is the run's
     train(parse_arguments())
 
 

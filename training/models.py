@@ -62,17 +62,17 @@ def load_frozen_encoders(models: Models, args: TrainArguments, dtype: torch.dtyp
     classes = [("text_encoder_2", CLIPTextModelWithProjection)] if args.sdxl else []
     if not is_refiner(args):
         classes.insert(0, ("text_encoder", CLIPTextModel))
-    models.text_encoders = [from_hub(cls, base, "a text encoder", subfolder=subfolder, **hub)
-                            .requires_grad_(False).eval().to(device, dtype) for subfolder, cls in classes]
-    if args.pretrained_vae_model_name_or_path:
-        vae = from_hub(AutoencoderKL, args.pretrained_vae_model_name_or_path, "the VAE", cache_dir=args.cache_dir)
-    else:
-        vae = from_hub(AutoencoderKL, base, "the VAE", subfolder="vae", **hub)
+    models.text_encoders = [from_hub(cls, base, "a text encoder", subfolder=subfolder, torch_dtype=dtype, **hub)
+                            .requires_grad_(False).eval().to(device) for subfolder, cls in classes]
+    vae_name, where = args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
+    if vae_name is None:
+        vae_name, where = base, hub | {"subfolder": "vae"}
+    vae = from_hub(AutoencoderKL, vae_name, "the VAE", torch_dtype=dtype, **where)
     if args.sdxl and dtype == torch.float16 and vae.config.force_upcast:
         warn("this VAE overflows in fp16 and is kept in float32; --pretrained_vae_model_name_or_path "
              "madebyollin/sdxl-vae-fp16-fix runs in fp16")
-        dtype = torch.float32
-    models.vae = vae.requires_grad_(False).eval().to(device, dtype)
+        vae = from_hub(AutoencoderKL, vae_name, "the VAE", torch_dtype=torch.float32, **where)
+    models.vae = vae.requires_grad_(False).eval().to(device)
 
 
 def load_policy_and_reference(models: Models, args: TrainArguments, dtype: torch.dtype, device: torch.device) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, SchedulerMixin
 
 from losses.spo import choose_pairs, ddim_gaussian
 from training.draws import seeded_generator
@@ -53,6 +53,13 @@ class Pairs:
         return Pairs(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     @staticmethod
+    def none(shape: tuple[int, int, int], config: "ResamplerConfig", device: torch.device) -> "Pairs":
+        """No pair, in the shapes that a device with pairs has."""
+        rows = torch.zeros(0, dtype=torch.int64, device=device)
+        x_t = torch.zeros(0, 2 if config.num_inner_step else 1, *shape, device=device)
+        return Pairs(x_t, torch.zeros(0, 2, *shape, device=device), rows, rows)
+
+    @staticmethod
     def concatenate(parts: list["Pairs"]) -> "Pairs":
         return Pairs(**{field.name: torch.cat([getattr(p, field.name) for p in parts]) for field in fields(Pairs)})
 
@@ -71,7 +78,7 @@ def prompt_generator(seed: int, epoch: int, prompt_index: int) -> torch.Generato
     return seeded_generator(seed, 4, epoch, prompt_index)
 
 
-def ddim_scheduler(base_scheduler, num_steps: int) -> DDIMScheduler:
+def ddim_scheduler(base_scheduler: SchedulerMixin, num_steps: int) -> DDIMScheduler:
     """DDIM with the base pipeline's noise schedule and `num_steps` denoising steps."""
     scheduler = DDIMScheduler.from_config(base_scheduler.config)
     scheduler.set_timesteps(num_steps)
