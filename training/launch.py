@@ -1,0 +1,57 @@
+"""The start of a run, the same for every method: devices and trackers, the output folder's owner, the seed."""
+
+import math
+import secrets
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+
+from training.arguments import TrainArguments
+from training.checkpoints import claim_output_dir
+from training.errors import UserError, first_line
+from training.optimizers import clips_gradients
+
+COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def start_accelerator(args: TrainArguments) -> Accelerator:
+    """Devices, mixed precision and trackers, or one line that says what this machine lacks."""
+    project = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir)))
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to, project_config=project,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    except (ValueError, ImportError) as error:
+        raise UserError(f"accelerate cannot start with --mixed_precision {args.mixed_precision} --report_to "
+                        f"{args.report_to}: {first_line(error)}") from None
+    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("fp16 needs a GPU, and this runs on the CPU: use --mixed_precision bf16 or no")
+    if args.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError("this GPU has no bf16: use --mixed_precision fp16")
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def identify_run(args: TrainArguments, accelerator: Accelerator) -> None:
+    """Claim output_dir for this run and settle its seed, the same on every device. Raises UserError."""
+    claim_output_dir(args, accelerator)
+    if args.seed is None:
+        drawn = torch.tensor([secrets.randbelow(2**31)], device=accelerator.device)
+        args.seed = int(accelerator.reduce(drawn if accelerator.is_main_process else torch.zeros_like(drawn),
+                                           reduction="sum"))
+    set_seed(args.seed)
+
+
+def gradient_norm(accelerator: Accelerator, policy, trainable: list, args: TrainArguments):
+    """The norm before clipping, as a tensor on the device; the gradients are clipped where the published rule says."""
+    max_norm = args.max_grad_norm if clips_gradients(args) else math.inf
+    norm = accelerator.clip_grad_norm_(trainable, max_norm)
+    return norm if norm is not None else 0.0  # DeepSpeed clips by itself
+
+
+def tracker_config(args: TrainArguments) -> dict:
+    return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in vars(args).items()}
