@@ -265,8 +265,8 @@ def report_failures(failures: dict[str, str]) -> int:
     return 1 if failures else 0
 
 
-def main() -> int:
-    args = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()[0]
+def main(argv: list[str] | None = None) -> int:
+    args = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)[0]
     if not args.manifests:
         raise UserError("--manifests names no generation manifest")
     manifests, failures = score_manifests(args.manifests, args)

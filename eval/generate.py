@@ -1,0 +1,342 @@
+"""Generate the images of prompt groups with a UNet.
+
+    accelerate launch -m eval.generate --unet_path RUN/checkpoint-2000/unet.pth --prompts papv2 hpsv2 partiprompts
+
+Images, manifest and STEM.zip lie beside the UNet (or in --output_dir). An interrupted run goes on where it stopped:
+batches are written aside and renamed into place, the manifest comes last. Settings are the published ones by default.
+"""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from eval.files import fingerprint, write_json
+from eval.sampling import Sampler, SamplingSettings, base_unet_config, is_sdxl, load_pipeline
+from prompts import group_path, read_group
+from training.errors import UserError, run_program
+
+SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
+SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+IMAGE_DESCRIPTION = 0x010E  # the EXIF tag
+SETTINGS_FILE = "settings.json"
+NAMES = ("pretrained_model_name_or_path", "unet_path", "pretrained_vae_model_name_or_path")  # told, never compared
+
+
+@dataclass
+class Arguments:
+    unet_path: str = field(metadata={
+        "help": "unet.pth, .safetensors, a diffusers folder, a hub id, LoRA weights, or 'base' for the base model."})
+    pretrained_model_name_or_path: str | None = field(default=None, metadata={
+        "help": f"The base pipeline; default {SD15}, with --sdxl {SDXL}."})
+    sdxl: bool = field(default=False, metadata={"help": "Take SDXL's defaults."})
+    pretrained_vae_model_name_or_path: str | None = field(default=None, metadata={
+        "help": f"Another VAE, or 'base' for the pipeline's own; default: the pipeline's own, for SDXL {SDXL_VAE}."})
+    prompts: list[str] = field(default_factory=lambda: ["papv2", "hpsv2", "partiprompts"], metadata={
+        "help": "Prompt groups: names of prompts/NAME.json, or files."})
+    output_dir: str | None = field(default=None, metadata={
+        "help": "Default: the folder of unet_path; for base or a hub id output/NAME."})
+    seed: int = field(default=0, metadata={"help": "Every prompt starts from this seed; its image k from seed + k."})
+    num_images_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first prompts of each group."})
+    height: int | None = field(default=None, metadata={"help": "Default 512, SDXL 1024."})
+    width: int | None = field(default=None, metadata={"help": "Default 512, SDXL 1024."})
+    num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
+    cfg: float = field(default=7.5, metadata={"help": "Guidance, in the sense of --cfg_convention."})
+    cfg_convention: str = field(default="official", metadata={"choices": ["official", "diffusers"], "help":
+        "official: e_cond + cfg (e_cond - e_uncond), as published; diffusers: e_uncond + cfg (e_cond - e_uncond)."})
+    scheduler: str = field(default="euler", metadata={"choices": ["euler", "default"], "help":
+        "euler as published; default: the pipeline's own."})
+    mixed_precision: str | None = field(default=None, metadata={"choices": list(DTYPES), "help":
+        "Type of UNet and text encoders; default bf16 on a GPU, no (float32) on the CPU. The VAE is float32."})
+    latents_dtype: str = field(default="float32", metadata={"choices": ["float32", "unet"], "help":
+        "Type of the latents through all steps; unet: the UNet's, as the official program."})
+    batch_size: int | None = field(default=None, metadata={"help": "Images sampled together; default 8, SDXL 4."})
+    overwrite: bool = field(default=False, metadata={"help": "Throw away what the folder holds and start anew."})
+    no_zip: bool = field(default=False, metadata={"help": "Leave no STEM.zip."})
+    manifest_list: str | None = field(default=None, metadata={"help": "Write the manifests' paths here, one a line."})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make: image k of the prompt number `index`."""
+
+    index: int
+    k: int
+    prompt: str
+    filename: str
+
+
+@dataclass
+class Group:
+    """One prompt group's images, `folder`, and its manifest beside them."""
+
+    name: str
+    stem: str
+    output_dir: Path
+    jobs: list[Job]
+    missing: set[str] = field(default_factory=set)  # filenames still to be made
+
+    @property
+    def folder(self) -> Path:
+        return self.output_dir / self.stem
+
+    @property
+    def manifest(self) -> Path:
+        return self.output_dir / f"{self.stem}.json"
+
+
+def check(args: Arguments) -> None:
+    """Refuse what cannot work before anything loads."""
+    for name in ("num_images_per_prompt", "limit", "num_inference_steps", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if not args.prompts:
+        raise UserError("--prompts names no prompt group")
+    for name in ("height", "width"):
+        if getattr(args, name) % 8:
+            raise UserError(f"--{name} {getattr(args, name)} is no multiple of 8")
+    if args.seed < 0:
+        raise UserError("--seed must not be negative")
+
+
+def fill_defaults(args: Arguments, device: torch.device) -> None:
+    """Put the published settings of the base model in where the command line is silent."""
+    args.pretrained_model_name_or_path = args.pretrained_model_name_or_path or (SDXL if args.sdxl else SD15)
+    sdxl = is_sdxl(base_unet_config(args.pretrained_model_name_or_path))
+    if args.sdxl and not sdxl:
+        raise UserError(f"--sdxl, but {args.pretrained_model_name_or_path} is no SDXL pipeline: leave --sdxl out")
+    args.height, args.width = (side or (1024 if sdxl else 512) for side in (args.height, args.width))
+    args.batch_size = args.batch_size or (4 if sdxl else 8)
+    args.mixed_precision = args.mixed_precision or ("no" if device.type == "cpu" else "bf16")
+    if args.pretrained_vae_model_name_or_path is None and sdxl:
+        args.pretrained_vae_model_name_or_path = SDXL_VAE
+    elif args.pretrained_vae_model_name_or_path == "base":
+        args.pretrained_vae_model_name_or_path = None
+    if args.output_dir is None:
+        unet = Path(args.unet_path)
+        named = re.sub(r"[^\w.-]+", "_", args.unet_path)
+        args.output_dir = str(unet if unet.is_dir() else unet.parent if unet.exists() else Path("output") / named)
+
+
+def identity(source: str) -> str:
+    """What a model name stands for: the content of a local file or folder, else the name itself."""
+    return f"sha256:{fingerprint(source)}" if Path(source).exists() else source
+
+
+def settings_record(args: Arguments, settings: SamplingSettings, device: torch.device) -> dict:
+    """Everything that the images depend on, as the manifest tells it and resuming compares it."""
+    dtype = str(DTYPES[args.mixed_precision]).removeprefix("torch.")
+    vae = args.pretrained_vae_model_name_or_path
+    return {
+        **{name: getattr(args, name) for name in NAMES},
+        "base_identity": identity(args.pretrained_model_name_or_path),
+        "unet_identity": identity(args.unet_path),
+        "vae_identity": identity(vae) if vae else "base",
+        "seed": args.seed, "num_images_per_prompt": args.num_images_per_prompt, "negative_prompt": "",
+        **asdict(settings), "latents_dtype": str(settings.latents_dtype).removeprefix("torch."),
+        "guidance_scale_diffusers": settings.guidance_scale, "noise_dtype": dtype, "noise_device": device.type,
+        "unet_dtype": dtype, "text_encoder_dtype": dtype, "vae_dtype": "float32",
+    }
+
+
+def plan_group(name: str, args: Arguments) -> Group:
+    """The images that a prompt group asks for. Raises UserError for a bad prompt file."""
+    prompts = read_group(name)[:args.limit]
+    size = f"{args.height}x{args.width}"
+    stem = f"{group_path(name).stem}_seed{args.seed}_{size}_{args.num_inference_steps}s_{args.cfg}cfg"
+    several = args.num_images_per_prompt > 1
+    jobs = [Job(index, k, prompt, f"{index}_{k}_{size}.png" if several else f"{index}_{size}.png")
+            for index, prompt in enumerate(prompts) for k in range(args.num_images_per_prompt)]
+    return Group(group_path(name).stem, stem, Path(args.output_dir), jobs)
+
+
+def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
+    """Make a group's folder fit to go on in: its settings are written or compared, what an interruption left is
+    finished or thrown away. Raises UserError when it holds images of other settings."""
+    if overwrite:
+        shutil.rmtree(group.folder, ignore_errors=True)
+        for path in (group.manifest, group.manifest.with_suffix(".zip")):
+            path.unlink(missing_ok=True)
+    group.folder.mkdir(parents=True, exist_ok=True)
+    settings = group.folder / SETTINGS_FILE
+    if settings.exists():
+        before = json.loads(settings.read_text())
+        changed = [f"{key} was {before.get(key)}, now {record[key]}" for key in record
+                   if key not in NAMES and before.get(key) != record[key]]
+        if changed:
+            raise UserError(f"{group.folder} holds images of other settings ({'; '.join(changed[:3])}): choose another "
+                            "--output_dir, or --overwrite them")
+    elif any(group.folder.glob("*.png")):
+        raise UserError(f"{group.folder} holds images, but no {SETTINGS_FILE} that says how they were made: choose "
+                        "another --output_dir, or --overwrite them")
+    else:
+        write_json(settings, record)
+    for leftover in group.folder.glob(".batch-*"):
+        if leftover.suffix == ".ready":
+            publish(leftover)
+        else:
+            shutil.rmtree(leftover)
+
+
+def find_missing(group: Group) -> set[str]:
+    """Filenames that are not there yet. Raises UserError when an image answers another prompt than the group's."""
+    missing = set()
+    for job in group.jobs:
+        path = group.folder / job.filename
+        if not path.exists():
+            missing.add(job.filename)
+        elif read_prompt(path) != job.prompt:
+            raise UserError(f"{path} was made for the prompt {read_prompt(path)!r}, the group now asks for "
+                            f"{job.prompt!r}: choose another --output_dir, or --overwrite")
+    return missing
+
+
+def write_image(image: Image.Image, prompt: str, path: Path) -> None:
+    """A PNG with the prompt in EXIF ImageDescription (UTF-8), on the disk when this returns."""
+    exif = Image.Exif()
+    exif[IMAGE_DESCRIPTION] = prompt.encode()
+    with open(path, "wb") as file:
+        image.save(file, "PNG", exif=exif)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_prompt(path: Path) -> str | None:
+    """The prompt that write_image put into a PNG."""
+    try:
+        with Image.open(path) as image:
+            text = image.getexif().get(IMAGE_DESCRIPTION)
+    except OSError:
+        return None
+    return text.encode("latin-1").decode() if text is not None else None
+
+
+def write_batch(folder: Path, number: int, images: list[Image.Image], jobs: list[Job]) -> None:
+    """Write a batch aside, commit it by one rename, then move its images into place: killed anywhere, the folder never
+    shows half an image, and a batch is either whole (prepare_folder finishes the moving) or was never made."""
+    aside = folder / f".batch-{number}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        for image, job in zip(images, jobs):
+            write_image(image, job.prompt, aside / job.filename)
+        ready = aside.rename(aside.with_suffix(".ready"))
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    publish(ready)
+
+
+def publish(ready: Path) -> None:
+    for path in ready.iterdir():
+        os.replace(path, ready.parent / path.name)
+    ready.rmdir()
+
+
+def generate_group(group: Group, sampler: Sampler, args: Arguments, state: PartialState) -> None:
+    """Make this process's share of a group's missing images.
+
+    Batches are cut by position, whatever is missing of them, so that an image is sampled in the same company on any
+    number of devices, fresh or resumed, and comes out bit-equal.
+    """
+    cut = [group.jobs[start:start + args.batch_size] for start in range(0, len(group.jobs), args.batch_size)]
+    todo = [(number, batch) for number, batch in enumerate(cut) if any(job.filename in group.missing for job in batch)]
+    mine = todo[state.process_index::state.num_processes]
+    share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+    total = sum(job.filename in group.missing for _, batch in mine for job in batch)
+    writing: Future | None = None
+    with (ThreadPoolExecutor(1) as writer,
+          tqdm(total=total, desc=f"{group.name}{share}", unit=" images", disable=not state.is_main_process) as bar):
+        for number, batch in mine:
+            images = sampler.sample([job.prompt for job in batch], [args.seed + job.k for job in batch])
+            kept = [(image, job) for image, job in zip(images, batch) if job.filename in group.missing]
+            if writing:
+                writing.result()  # a full disk stops the run here
+            writing = writer.submit(write_batch, group.folder, number, *zip(*kept))
+            bar.update(len(kept))
+        if writing:
+            writing.result()
+
+
+def finish_group(group: Group, record: dict, args: Arguments) -> None:
+    """STEM.zip, then the manifest, last of all. A manifest that already covers more prompts is kept."""
+    entries = [{"prompt": job.prompt, "gen_image_path": f"{group.stem}/{job.filename}", "raw_image_path": "",
+                "metadata": {**record, "index": job.index, "k": job.k, "image_seed": args.seed + job.k}}
+               for job in group.jobs]
+    kept = json.loads(group.manifest.read_text()) if group.manifest.exists() else []
+    if [entry["gen_image_path"] for entry in kept[:len(entries)]] == [entry["gen_image_path"] for entry in entries]:
+        return
+    if not args.no_zip:
+        archive = group.manifest.with_suffix(".zip")
+        aside = archive.with_suffix(".zip.partial")
+        try:
+            with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as file:  # PNGs do not shrink further
+                for job in group.jobs:
+                    file.write(group.folder / job.filename, f"{group.stem}/{job.filename}")
+            os.replace(aside, archive)
+        finally:
+            aside.unlink(missing_ok=True)
+    write_json(group.manifest, entries)
+
+
+def made_elsewhere(group: Group) -> bool:
+    """A manifest of the published program, which leaves no settings: it is kept as it is."""
+    return group.manifest.exists() and not (group.folder / SETTINGS_FILE).exists()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)[0]
+    state = PartialState()
+    torch.backends.cudnn.deterministic = True
+    fill_defaults(args, state.device)
+    check(args)
+    if state.device.type == "cpu":
+        state.print(f"no GPU here: generating on the CPU, UNet in {DTYPES[args.mixed_precision]}")
+    unet_dtype = DTYPES[args.mixed_precision]
+    settings = SamplingSettings(args.height, args.width, args.num_inference_steps, args.cfg, args.cfg_convention,
+                                args.scheduler, torch.float32 if args.latents_dtype == "float32" else unet_dtype)
+    record = settings_record(args, settings, state.device)
+    groups = [plan_group(name, args) for name in args.prompts]
+    if state.is_main_process:
+        for group in groups:
+            if not args.overwrite and made_elsewhere(group):
+                print(f"{group.manifest} exists: its images are kept as they are")
+            else:
+                prepare_folder(group, record, args.overwrite)
+    state.wait_for_everyone()
+
+    ours = [group for group in groups if not made_elsewhere(group)]
+    for group in ours:
+        group.missing = find_missing(group)
+        state.print(f"{group.folder}: {len(group.jobs) - len(group.missing)} of {len(group.jobs)} images are there")
+    state.wait_for_everyone()  # nobody writes before everybody has looked
+    sampler = None
+    if any(group.missing for group in ours):
+        sampler = Sampler(load_pipeline(args.pretrained_model_name_or_path, args.unet_path,
+                                        args.pretrained_vae_model_name_or_path, unet_dtype, state.device,
+                                        args.scheduler), settings)
+    for group in ours:
+        if group.missing:
+            generate_group(group, sampler, args, state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finish_group(group, record, args)
+            print(f"wrote {group.manifest}")
+    if args.manifest_list and state.is_main_process:
+        Path(args.manifest_list).write_text("".join(f"{group.manifest}\n" for group in groups))
+
+
+if __name__ == "__main__":
+    run_program(main)
