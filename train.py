@@ -7,50 +7,29 @@ It reads from top to bottom: arguments, data, models, optimizer, resume, loop, r
 """
 
 import math
-import secrets
 from pathlib import Path
 
 import datasets
 import diffusers
-import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 
+import training.spo
 from losses import preference_loss
 from training.arguments import TrainArguments, parse_arguments
-from training.checkpoints import (claim_output_dir, find_checkpoint, load_checkpoint, register_hooks, save_checkpoint,
+from training.checkpoints import (find_checkpoint, load_checkpoint, register_hooks, save_checkpoint,
                                   save_result, write_run_file)
 from training.data import PairDataset, choose_pairs, load_table, make_loader
 from training.diffusion import noisy_batch, predict, predict_reference
-from training.errors import UserError, first_line, run_program
+from training.errors import run_program
 from training.hub import push
+from training.launch import COMPUTE_DTYPES, gradient_norm, identify_run, start_accelerator, tracker_config
 from training.logs import StepScalars, Throughput, peak_memory_gb
 from training.models import (load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler)
-from training.optimizers import (clips_gradients, effective_learning_rate, make_optimizer, make_schedule,
-                                 optimizer_name)
+from training.optimizers import effective_learning_rate, make_optimizer, make_schedule, optimizer_name
+from training.spo_arguments import SPOArguments
 from training.validation import validate
-
-
-def start_accelerator(args: TrainArguments) -> Accelerator:
-    """Devices, mixed precision and trackers, or one line that says what this machine lacks."""
-    project = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir)))
-    try:
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to, project_config=project,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
-    except (ValueError, ImportError) as error:
-        raise UserError(f"accelerate cannot start with --mixed_precision {args.mixed_precision} --report_to "
-                        f"{args.report_to}: {first_line(error)}") from None
-    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("fp16 needs a GPU, and this runs on the CPU: use --mixed_precision bf16 or no")
-    if args.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise UserError("this GPU has no bf16: use --mixed_precision fp16")
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return accelerator
 
 
 def summary(args: TrainArguments, accelerator: Accelerator, pairs, lr: float, max_steps: int) -> str:
@@ -77,16 +56,11 @@ def summary(args: TrainArguments, accelerator: Accelerator, pairs, lr: float, ma
     return "\n".join(f"  {name:<10} {text}" for name, text in lines.items())
 
 
-def train(args: TrainArguments) -> None:
+def train(args: TrainArguments, accelerator: Accelerator) -> None:
     # 1. This process, and the run it belongs to.
-    accelerator = start_accelerator(args)
     device, main_process = accelerator.device, accelerator.is_main_process
-    compute_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    claim_output_dir(args, accelerator)
-    if args.seed is None:
-        drawn = torch.tensor([secrets.randbelow(2**31)], device=device)
-        args.seed = int(accelerator.reduce(drawn if main_process else torch.zeros_like(drawn), reduction="sum"))
-    set_seed(args.seed)
+    compute_dtype = COMPUTE_DTYPES[args.mixed_precision]
+    identify_run(args, accelerator)
 
     # 2. Preference pairs, before any large model is read.
     models = load_tokenizers_and_scheduler(args)
@@ -171,17 +145,6 @@ def train(args: TrainArguments) -> None:
             print(f"Published at {push(args)}", flush=True)
 
 
-def gradient_norm(accelerator: Accelerator, policy, trainable: list, args: TrainArguments):
-    """The norm before clipping, as a tensor on the device; the gradients are clipped where the published rule says."""
-    max_norm = args.max_grad_norm if clips_gradients(args) else math.inf
-    norm = accelerator.clip_grad_norm_(trainable, max_norm)
-    return norm if norm is not None else 0.0  # DeepSpeed clips by itself
-
-
-def tracker_config(args: TrainArguments) -> dict:
-    return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in vars(args).items()}
-
-
 def shown_in_bar(logs: dict[str, float]) -> dict[str, str]:
     names = {"train_loss": "loss", "implicit_acc_accumulated": "acc", "avg_lose_l_scale": "lambda",
              "pairs_per_second": "pairs/s"}
@@ -191,7 +154,12 @@ def shown_in_bar(logs: dict[str, float]) -> dict[str, str]:
 def main() -> None:
     for library in (datasets, diffusers.utils.logging, transformers.utils.logging):
         (getattr(library, "disable_progress_bar", None) or library.disable_progress_bars)()  # ours is the run's
-    train(parse_arguments())
+    args, spo = parse_arguments(None, SPOArguments)
+    accelerator = start_accelerator(args)
+    if args.train_method == "spo":  # online: it samples its pairs itself, from prompts
+        training.spo.train(args, spo, accelerator)
+    else:
+        train(args, accelerator)
 
 
 if __name__ == "__main__":
