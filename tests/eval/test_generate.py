@@ -1,0 +1,241 @@
+"""Generation on tiny pipelines: equal to diffusers, independent of batches and interruptions, clear in its errors."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from PIL import Image
+
+from eval import generate
+from eval.generate import IMAGE_DESCRIPTION, read_prompt
+from training.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["a red cat", "naïve café in 東京", "<img src=x onerror=alert(1)>", "a dog & a \"hat\"", "a house"]
+STEM = "own_seed0_64x64_3s_7.5cfg"
+
+
+def arguments(unet, pipeline, prompts, *more) -> list[str]:
+    return [str(word) for word in ("--unet_path", unet, "--pretrained_model_name_or_path", pipeline,
+                                   "--pretrained_vae_model_name_or_path", "base", "--prompts", prompts, "--height", 64,
+                                   "--width", 64, "--num_inference_steps", 3, *more)]
+
+
+def pixels(folder: Path) -> np.ndarray:
+    files = sorted(folder.glob("*.png"), key=lambda path: [int(part) for part in path.stem.split("_")[:-1]])
+    return np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("convention", ["official", "diffusers"])
+def test_equals_a_plain_diffusers_pipeline(kind, convention, request, prompt_file, tmp_path):
+    base, unet = request.getfixturevalue(f"tiny_{kind}"), request.getfixturevalue(f"{kind}_run")
+    generate.main(arguments(unet, base, prompt_file, "--cfg_convention", convention, "--batch_size", 2))
+    ours = pixels(unet.parent / STEM)
+
+    pipeline = DiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    for image, prompt in zip(ours, PROMPTS):
+        theirs = pipeline(prompt, negative_prompt="", height=64, width=64, num_inference_steps=3,
+                          guidance_scale=8.5 if convention == "official" else 7.5,
+                          generator=torch.Generator().manual_seed(0)).images[0]
+        assert np.abs(image - np.asarray(theirs).astype(int)).max() <= 1
+    assert np.abs(ours[0] - ours[4]).max() > 1  # the prompt matters
+
+
+def test_manifest_names_files_and_settings(tiny_sd15, sd15_run, prompt_file):
+    listed = sd15_run.parent / "listed"
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--manifest_list", listed))
+    folder = sd15_run.parent / STEM
+    entries = json.loads((sd15_run.parent / f"{STEM}.json").read_text())
+    assert listed.read_text() == f"{sd15_run.parent / STEM}.json\n"
+    assert [entry["prompt"] for entry in entries] == PROMPTS
+    assert [entry["gen_image_path"] for entry in entries] == [f"{STEM}/{index}_64x64.png" for index in range(5)]
+    metadata = entries[3]["metadata"]
+    assert (metadata["cfg"], metadata["cfg_convention"], metadata["guidance_scale_diffusers"]) == (7.5, "official", 8.5)
+    assert (metadata["seed"], metadata["index"], metadata["latents_dtype"]) == (0, 3, "float32")
+    assert [read_prompt(folder / f"{index}_64x64.png") for index in range(5)] == PROMPTS
+    assert Image.open(folder / "0_64x64.png").getexif()[IMAGE_DESCRIPTION] == PROMPTS[0]
+    import zipfile
+    assert len(zipfile.ZipFile(sd15_run.parent / f"{STEM}.zip").namelist()) == 5
+
+
+def test_image_depends_on_neither_batch_nor_neighbours(tiny_sd15, sd15_run, prompt_file, tmp_path):
+    for size in (1, 3, 8):
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", size, "--output_dir", tmp_path / f"{size}"))
+    one, three, eight = (pixels(tmp_path / f"{size}" / STEM) for size in (1, 3, 8))
+    assert np.abs(one - eight).max() <= 1 and np.abs(three - eight).max() <= 1
+
+
+def test_several_images_a_prompt_are_seeded_with_seed_plus_k(tiny_sd15, sd15_run, prompt_file, tmp_path):
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--num_images_per_prompt", 2, "--limit", 2,
+                            "--output_dir", tmp_path / "two"))
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--seed", 1, "--limit", 2, "--output_dir", tmp_path / "one"))
+    two = tmp_path / "two" / STEM
+    assert sorted(path.name for path in two.glob("*.png")) == [f"{i}_{k}_64x64.png" for i in (0, 1) for k in (0, 1)]
+    seed_one = pixels(tmp_path / "one" / STEM.replace("seed0", "seed1"))
+    for index in (0, 1):
+        assert np.abs(np.asarray(Image.open(two / f"{index}_1_64x64.png")).astype(int) - seed_one[index]).max() <= 1
+    entries = json.loads(two.with_suffix(".json").read_text()) if two.with_suffix(".json").exists() else json.loads(
+        (tmp_path / "two" / f"{STEM}.json").read_text())
+    assert [entry["metadata"]["image_seed"] for entry in entries] == [0, 1, 0, 1]
+
+
+def test_a_finished_run_is_skipped_and_a_longer_one_goes_on(tiny_sd15, sd15_run, prompt_file, capsys, monkeypatch):
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 2))
+    first = (sd15_run.parent / STEM / "0_64x64.png").stat().st_mtime_ns
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
+    assert len(json.loads((sd15_run.parent / f"{STEM}.json").read_text())) == 5
+    assert (sd15_run.parent / STEM / "0_64x64.png").stat().st_mtime_ns == first
+    monkeypatch.setattr(generate, "load_pipeline", lambda *_: pytest.fail("nothing is left to generate"))
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 1))
+    assert len(json.loads((sd15_run.parent / f"{STEM}.json").read_text())) == 5  # a longer manifest is kept
+
+
+def test_changed_settings_are_never_mixed(tiny_sd15, sd15_run, prompt_file):
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 1))
+    with pytest.raises(UserError, match="cfg_convention was official, now diffusers"):
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--cfg_convention", "diffusers"))
+    state = torch.load(sd15_run, weights_only=True)
+    torch.save({key: value + 0.01 for key, value in state.items()}, sd15_run)  # trained on
+    with pytest.raises(UserError, match="unet_identity"):
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--overwrite"))
+    assert len(json.loads((sd15_run.parent / f"{STEM}.json").read_text())) == 5
+    prompt_file.write_text(json.dumps(["another prompt", *PROMPTS[1:]]))
+    with pytest.raises(UserError, match="made for the prompt 'a red cat'"):
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
+
+
+def test_a_manifest_of_the_published_program_is_kept(tiny_sd15, sd15_run, prompt_file, capsys):
+    manifest = sd15_run.parent / f"{STEM}.json"
+    manifest.write_text("[]")
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
+    assert manifest.read_text() == "[]" and "exists" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_an_unbroken_run(tiny_sd15, sd15_run, prompt_file, tmp_path):
+    prompts = tmp_path / "own.json"
+    prompts.write_text(json.dumps([f"prompt {index}" for index in range(30)]))
+    command = [sys.executable, "-m", "eval.generate", *arguments(sd15_run, tiny_sd15, prompts, "--batch_size", 3)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*command, "--output_dir", str(tmp_path / "broken")], cwd=ROOT, env=environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "broken" / STEM
+    deadline = time.time() + 200
+    while len(list(folder.glob("*.png"))) < 7 and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert 7 <= len(finished) < 30 and not (tmp_path / "broken" / f"{STEM}.json").exists()
+    for path in folder.glob("*.png"):
+        Image.open(path).load()  # no half-written image
+
+    generate.main(arguments(sd15_run, tiny_sd15, prompts, "--batch_size", 3, "--output_dir", tmp_path / "broken"))
+    generate.main(arguments(sd15_run, tiny_sd15, prompts, "--batch_size", 3, "--output_dir", tmp_path / "whole"))
+    for name, written in finished.items():
+        assert (folder / name).stat().st_mtime_ns == written  # not made again
+    whole = tmp_path / "whole" / STEM
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in whole.iterdir())
+    for path in whole.glob("*.png"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+def test_a_committed_batch_is_finished_and_a_partial_one_thrown_away(tiny_sd15, sd15_run, prompt_file):
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", 2))
+    folder, manifest = sd15_run.parent / STEM, sd15_run.parent / f"{STEM}.json"
+    expected = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    manifest.unlink()
+    (folder / ".batch-0.ready").mkdir()
+    (folder / "1_64x64.png").rename(folder / ".batch-0.ready" / "1_64x64.png")  # killed between two renames
+    committed = (folder / ".batch-0.ready" / "1_64x64.png").stat().st_mtime_ns
+    (folder / ".batch-1.partial").mkdir()
+    (folder / "3_64x64.png").unlink()
+    (folder / ".batch-1.partial" / "3_64x64.png").write_bytes(expected["3_64x64.png"][:100])
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", 2))
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == expected
+    assert (folder / "1_64x64.png").stat().st_mtime_ns == committed
+    assert not list(folder.glob(".batch-*")) and manifest.exists()
+
+
+def test_a_full_disk_leaves_finished_images(tiny_sd15, sd15_run, prompt_file, monkeypatch):
+    written = []
+
+    def write_until_full(image, prompt, path):
+        if len(written) == 3:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(path))
+        written.append(path.name)
+        return write_image(image, prompt, path)
+
+    write_image = generate.write_image
+    monkeypatch.setattr(generate, "write_image", write_until_full)
+    with pytest.raises(OSError, match="No space left"):
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", 2))
+    folder = sd15_run.parent / STEM
+    assert sorted(path.name for path in folder.glob("*.png")) == ["0_64x64.png", "1_64x64.png"]
+    assert not list(folder.glob(".batch-*"))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_images_of_one(tiny_sd15, sd15_run, prompt_file, tmp_path, run, python):
+    run([python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
+         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0, "-m", "eval.generate",
+         *arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", 3, "--output_dir", tmp_path / "two")])
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", 3, "--output_dir", tmp_path / "one"))
+    for path in (tmp_path / "one" / STEM).glob("*.png"):
+        assert path.read_bytes() == (tmp_path / "two" / STEM / path.name).read_bytes()
+    assert (tmp_path / "two" / f"{STEM}.json").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+@pytest.mark.parametrize("fault, told", [
+    ("other base", r"missing .*|unexpected .*other base model"),
+    ("evil pickle", "nothing in it was executed"),
+    ("no file", "no weights at|no file or folder"),
+    ("empty prompts", "lists no prompt"),
+    ("odd height", "no multiple of 8"),
+    ("no pipeline", "no diffusers pipeline at"),
+    ("sdxl", "is no SDXL pipeline"),
+    ("no steps", "num_inference_steps must be at least 1"),
+])
+def test_bad_input_is_told_in_one_line(fault, told, tiny_sd15, tiny_sdxl, sd15_run, prompt_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, unet, more = tiny_sd15, sd15_run, []
+    if fault == "other base":
+        base = tiny_sdxl
+    elif fault == "evil pickle":
+        sd15_run.write_bytes(pickle.dumps(Evil()))
+    elif fault == "no file":
+        unet = tmp_path / "absent" / "unet.pth"
+    elif fault == "empty prompts":
+        prompt_file.write_text("[]")
+    elif fault == "odd height":
+        more = ["--height", 60]
+    elif fault == "no pipeline":
+        base = tmp_path
+    elif fault == "sdxl":
+        more = ["--sdxl"]
+    elif fault == "no steps":
+        more = ["--num_inference_steps", 0]
+    with pytest.raises(UserError, match=told) as error:
+        generate.main(arguments(unet, base, prompt_file, *more))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
