@@ -44,7 +44,7 @@ def summary(args: TrainArguments, accelerator: Accelerator, pairs, lr: float, ma
         "policy": f"LoRA rank {args.lora_rank}" if args.lora_rank else "whole UNet, float32 weights",
         "reference": reference,
         "precision": f"{args.mixed_precision}, errors in float32",
-        "pairs": "; ".join([f"{len(pairs)} of {args.dataset_name or args.train_data_dir}", *pairs.notes]),
+        "pairs": "; ".join([f"{len(pairs)} of {args.data_source}", *pairs.notes]),
         "batch": f"{per_step} pairs a step = {accelerator.num_processes} device(s) x {args.train_batch_size} x "
                  f"{args.gradient_accumulation_steps} accumulated",
         "steps": f"{max_steps}, {max_steps * per_step / len(pairs):.2f} passes over the pairs",

@@ -105,6 +105,11 @@ class TrainArguments:
                           self.winner_preserving_mu, self.winner_preserving_granularity, self.sdxl)
 
     @property
+    def data_source(self) -> str | None:
+        """Where the pairs come from; a local folder given beside a preset's dataset name wins."""
+        return self.train_data_dir or self.dataset_name
+
+    @property
     def needs_reference(self) -> bool:
         return self.train_method != "sft"
 
@@ -139,7 +144,7 @@ def parse_arguments(argv: list[str] | None = None, *classes):
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser((TrainArguments, *classes), prog="train.py", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="options in a file; the command line wins")
-    config = _config_file(argv)
+    config = config_file(argv)
     if config is not None:
         known = [f.name for cls in (TrainArguments, *classes) for f in fields(cls)]
         argv = yaml_to_argv(config, known) + argv
@@ -150,7 +155,7 @@ def parse_arguments(argv: list[str] | None = None, *classes):
     return (args, *parsed[1:1 + len(classes)]) if classes else args
 
 
-def _config_file(argv: list[str]) -> str | None:
+def config_file(argv: list[str]) -> str | None:
     for position, word in enumerate(argv):
         if word.startswith("--config="):
             return word.split("=", 1)[1]
@@ -204,7 +209,7 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
         raise UserError(f"--checkpoints_total_limit must be at least 1, not {args.checkpoints_total_limit}")
     if args.max_train_steps == 0 and args.num_train_epochs == 0:
         raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
-    if args.train_method != "spo" and args.dataset_name is None and args.train_data_dir is None:
+    if args.train_method != "spo" and args.data_source is None:
         raise UserError("name the preference pairs: --dataset_name (hub id, folder or parquet) or --train_data_dir")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must lie in [0, 2^63), not {args.seed}")
@@ -214,7 +219,7 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
 
 def _warn_of_ignored(args: TrainArguments, given: set[str]) -> None:
     def ignored(name: str, reason: str) -> None:
-        if name in given and getattr(args, name) != _default(name):
+        if name in given and getattr(args, name) != default_of(name):
             warn(f"--{name} does nothing here: {reason}")
 
     if args.train_method != "dmpo":
@@ -235,7 +240,7 @@ def _warn_of_ignored(args: TrainArguments, given: set[str]) -> None:
              "the learning rate never reaches its peak")
 
 
-def _default(name: str):
+def default_of(name: str):
     for f in fields(TrainArguments):
         if f.name == name:
             return f.default if f.default is not MISSING else f.default_factory()

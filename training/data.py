@@ -20,7 +20,7 @@ PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0")
 
 def load_table(args: TrainArguments) -> datasets.Dataset:
     """The split named by the arguments, images still encoded. Raises UserError when it cannot be had."""
-    source = args.train_data_dir or args.dataset_name
+    source = args.data_source
     path = Path(source)
     try:
         if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -75,7 +75,7 @@ def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
     {0, 0.5, 1}, or when nothing is left.
     """
     names, notes = table.column_names, []
-    source = args.train_data_dir or args.dataset_name
+    source = args.data_source
     single = None
     if args.train_method == "sft" and "jpg_0" not in names and args.image_column in names:
         single, needed = args.image_column, [args.caption_column]

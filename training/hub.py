@@ -32,7 +32,7 @@ def model_card(args: TrainArguments, name: str) -> str:
     safeguard = (f" and the winner-preserving safeguard (mu {args.winner_preserving_mu})"
                  if args.use_winner_preserving else "")
     return CARD.format(base=args.pretrained_model_name_or_path, method=args.train_method, name=name, settings=rows,
-                       dataset=args.dataset_name or args.train_data_dir, safeguard=safeguard,
+                       dataset=args.data_source, safeguard=safeguard,
                        license="openrail++" if args.sdxl else "creativeml-openrail-m")
 
 

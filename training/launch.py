@@ -1,6 +1,7 @@
 """The start of a run, the same for every method: devices and trackers, the output folder's owner, the seed."""
 
 import math
+import os
 import secrets
 from pathlib import Path
 
@@ -19,8 +20,10 @@ COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 def start_accelerator(args: TrainArguments) -> Accelerator:
     """Devices, mixed precision and trackers, or one line that says what this machine lacks."""
     project = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir)))
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     try:
         accelerator = Accelerator(
+            cpu=several_on_cpu,  # else accelerate leaves each process on its own
             mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to, project_config=project,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])

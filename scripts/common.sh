@@ -1,0 +1,40 @@
+# Sourced by the other scripts: the project's root, its Python, and how to say what is run.
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+if [ -x "$ROOT/.venv/bin/python" ]; then
+  PYTHON="$ROOT/.venv/bin/python"
+else
+  PYTHON="${PYTHON:-$(command -v python || command -v python3 || true)}"
+fi
+
+say() { printf '\n== %s\n' "$*"; }
+
+run() { # print a command as it could be typed, then run it
+  printf '+'; printf ' %q' "$@"; printf '\n'
+  "$@"
+}
+
+make_venv() { # make_venv REQUIREMENTS: .venv with these installed; done once for each content of the file
+  local requirements="$ROOT/$1" base stamp
+  stamp="$ROOT/.venv/.installed-$(cat "$ROOT"/requirements*.txt | cksum | cut -d' ' -f1)-$1"
+  if [ ! -e "$stamp" ]; then
+    if [ ! -x "$ROOT/.venv/bin/python" ]; then
+      base=""
+      for candidate in "${PYTHON_BASE:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+        then base="$candidate"; break; fi
+      done
+      if [ -z "$base" ]; then
+        echo "error: no Python 3.10 to 3.13 found: install one, or name it with PYTHON_BASE=/path/to/python3" >&2; exit 1
+      fi
+      say "Making .venv with $("$base" --version)"
+      "$base" -m venv "$ROOT/.venv"
+    fi
+    say "Installing $1 into .venv (once; several GB with torch)"
+    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    "$ROOT/.venv/bin/python" -m pip check
+    touch "$stamp"
+  fi
+  PYTHON="$ROOT/.venv/bin/python"
+}

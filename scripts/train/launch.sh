@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# launch.sh PRESET [train.py flags]: run train.py with configs/train/PRESET.yaml on every GPU of this machine.
+# Flags given here win over the preset. Environment, all optional: NUM_PROCESSES, ACCELERATE_CONFIG (a file of
+# configs/accelerate), and for several machines NUM_MACHINES, MACHINE_RANK, MAIN_ADDRESS, MAIN_PORT.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+preset="$1"; shift
+gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
+if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi
+launch=(--config_file "${ACCELERATE_CONFIG:-$ROOT/configs/accelerate/$config.yaml}" --num_processes "$processes")
+[ -n "${NUM_MACHINES:-}" ] && launch+=(--num_machines "$NUM_MACHINES" --machine_rank "${MACHINE_RANK:?the rank of this machine}"
+                                       --main_process_ip "${MAIN_ADDRESS:?the address of machine 0}")
+[ -n "${MAIN_PORT:-}" ] && launch+=(--main_process_port "$MAIN_PORT")
+
+# The published effective batch of 2048 pairs on any number of processes: batch 8, so 256 / processes accumulated.
+accumulation=()
+if [[ "$preset" != *_spo ]]; then accumulation=(--gradient_accumulation_steps "$(( 256 / processes > 0 ? 256 / processes : 1 ))"); fi
+
+say "$preset on $gpus GPU(s), $processes process(es)"
+[ "$gpus" -eq 0 ] && echo "no GPU found: this runs on the CPU, which suits only small models"
+run "$PYTHON" -m accelerate.commands.launch --quiet "${launch[@]}" "$ROOT/train.py" \
+  --config "$ROOT/configs/train/$preset.yaml" "${accumulation[@]}" "$@"
