@@ -9,35 +9,42 @@ import torch
 import torch.nn.functional as F
 
 
+def clean_and_noise(prediction: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor, alphas_cumprod: torch.Tensor,
+                    prediction_type: str = "epsilon") -> tuple[torch.Tensor, torch.Tensor]:
+    """The clean latents x0-hat and the noise that a prediction amounts to, both (N, ...) in float32.
+
+    prediction, x_t: (N, ...), the model's (guided) prediction and its input; timestep: (N,); alphas_cumprod: (T,).
+    Raises ValueError for a prediction type other than "epsilon" and "v_prediction".
+    """
+    prediction, x_t = prediction.float(), x_t.float()
+    a = _per_sample(alphas_cumprod, timestep, x_t)
+    if prediction_type == "epsilon":
+        return (x_t - (1 - a).sqrt() * prediction) / a.sqrt(), prediction
+    if prediction_type == "v_prediction":
+        return a.sqrt() * x_t - (1 - a).sqrt() * prediction, a.sqrt() * prediction + (1 - a).sqrt() * x_t
+    raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type}")
+
+
 def ddim_gaussian(
     prediction: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor, previous_timestep: torch.Tensor,
     alphas_cumprod: torch.Tensor, eta: float = 1.0, prediction_type: str = "epsilon",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean m, standard deviation s of x_{t-1} given x_t, and the predicted clean latents x0-hat.
 
-    prediction, x_t: (N, ...), the model's (guided) prediction and its input; timestep, previous_timestep: (N,) integers,
-    the previous one clamped to >= 0; alphas_cumprod: (T,). Returns m (N, ...), s (N, 1, ...), x0-hat (N, ...), float32.
-    Raises ValueError for a prediction type other than "epsilon" and "v_prediction".
+    Arguments as in clean_and_noise; previous_timestep (N,) is clamped to >= 0. Returns m (N, ...), s (N, 1, ...),
+    x0-hat (N, ...), float32.
     """
-    prediction, x_t = prediction.float(), x_t.float()
-    column = (-1,) + (1,) * (x_t.dim() - 1)
-    alphas_cumprod = alphas_cumprod.to(x_t.device, torch.float32)
-    a = alphas_cumprod[timestep].view(column)
-    a_previous = alphas_cumprod[previous_timestep.clamp(min=0)].view(column)
-
-    if prediction_type == "epsilon":
-        epsilon = prediction
-        x0 = (x_t - (1 - a).sqrt() * epsilon) / a.sqrt()
-    elif prediction_type == "v_prediction":
-        epsilon = a.sqrt() * prediction + (1 - a).sqrt() * x_t
-        x0 = a.sqrt() * x_t - (1 - a).sqrt() * prediction
-    else:
-        raise ValueError(f"prediction_type must be epsilon or v_prediction, not {prediction_type}")
-
+    x0, noise = clean_and_noise(prediction, x_t, timestep, alphas_cumprod, prediction_type)
+    a = _per_sample(alphas_cumprod, timestep, x_t)
+    a_previous = _per_sample(alphas_cumprod, previous_timestep.clamp(min=0), x_t)
     variance = (1 - a_previous) / (1 - a) * (1 - a / a_previous)
     std = eta * variance.sqrt()
-    mean = a_previous.sqrt() * x0 + (1 - a_previous - std**2).sqrt() * epsilon
+    mean = a_previous.sqrt() * x0 + (1 - a_previous - std**2).sqrt() * noise
     return mean, std, x0
+
+
+def _per_sample(alphas_cumprod: torch.Tensor, timestep: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+    return alphas_cumprod.to(x_t.device, torch.float32)[timestep].view(-1, *(1,) * (x_t.dim() - 1))
 
 
 def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,14 @@ def write_whole(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def save_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write a state dict so that it is there whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    torch.save(state, aside)
+    sync(aside)
+    aside.replace(path)
+
+
 def digest(path: Path) -> str:
     sha = hashlib.sha256()
     with open(path, "rb") as file:
@@ -162,18 +170,18 @@ def lora_state(unet) -> dict[str, torch.Tensor]:
     return convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
 
 
-def save_policy(accelerator: Accelerator, policy, folder: Path, lora: bool) -> None:
-    """unet.pth, or the LoRA weights, written by the main process; every process must call this."""
+def save_policy(accelerator: Accelerator, policy, folder: Path, lora: bool, weights_file: str = "unet.pth") -> None:
+    """The weights file, or the LoRA weights, written by the main process; every process must call this."""
     if lora:
         if accelerator.is_main_process:
             StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=lora_state(accelerator.unwrap_model(policy)))
         return
     state = policy_state(accelerator, policy)
     if accelerator.is_main_process:
-        torch.save(state, folder / "unet.pth")
+        torch.save(state, folder / weights_file)
 
 
-def register_hooks(accelerator: Accelerator, lora: bool) -> None:
+def register_hooks(accelerator: Accelerator, lora: bool, weights_file: str = "unet.pth") -> None:
     """Have accelerate leave the policy to save_policy, so that its weights are stored once; not where it is sharded."""
     if sharded(accelerator):
         return
@@ -189,13 +197,14 @@ def register_hooks(accelerator: Accelerator, lora: bool) -> None:
             if result.unexpected_keys:
                 raise UserError(f"{folder} does not fit this run's LoRA: {result.unexpected_keys[:3]}")
         else:
-            load_strictly(unet, read_state_dict(Path(folder) / "unet.pth"), folder)
+            load_strictly(unet, read_state_dict(Path(folder) / weights_file), folder)
 
     accelerator.register_save_state_pre_hook(skip_weights)
     accelerator.register_load_state_pre_hook(load_weights)
 
 
-def save_checkpoint(accelerator: Accelerator, policy, lr_scheduler, step: int, args) -> Path:
+def save_checkpoint(accelerator: Accelerator, policy, lr_scheduler, step: int, args,
+                    weights_file: str = "unet.pth") -> Path:
     """Write OUTPUT_DIR/checkpoint-STEP; every process must call this. Older ones beyond the limit go afterwards."""
     output_dir = Path(args.output_dir)
     final, aside = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
@@ -204,7 +213,7 @@ def save_checkpoint(accelerator: Accelerator, policy, lr_scheduler, step: int, a
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(aside, safe_serialization=False)
-    save_policy(accelerator, policy, aside, lora=args.lora_rank > 0)
+    save_policy(accelerator, policy, aside, lora=args.lora_rank > 0, weights_file=weights_file)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         progress = {"step": step, "lr_scheduler": lr_scheduler.state_dict(), "settings": run_settings(args, accelerator)}
@@ -273,10 +282,7 @@ def save_result(accelerator: Accelerator, policy, args: TrainArguments) -> None:
     elif not args.lora_rank:
         state = policy_state(accelerator, policy)
     if accelerator.is_main_process:
-        aside = output_dir / ".unet.pth.partial"
-        torch.save(state, aside)
-        sync(aside)
-        aside.replace(output_dir / "unet.pth")
+        save_weights(output_dir / "unet.pth", state)
         save_pipeline(output_dir, state, args)
     accelerator.wait_for_everyone()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.arguments import TrainArguments, _default, option, warn
+from training.arguments import TrainArguments, default_of, option, warn
 from training.data import column_values, load_table
 from training.errors import UserError, first_line
 from training.resampler import ResamplerConfig
@@ -71,7 +71,7 @@ def check_spo_arguments(args: TrainArguments, spo: SPOArguments) -> None:
         raise UserError(f"--lr_scheduler {args.lr_scheduler} needs --max_train_steps: how many steps SPO's epochs have "
                         "depends on the pairs that are kept")
     for name in IGNORED:
-        if getattr(args, name) != _default(name):
+        if getattr(args, name) != default_of(name):
             warn(f"--{name} does nothing here: SPO samples its own pairs")
     if spo.spm_checkpoint is None:
         warn("no --spm_checkpoint: --spm_clip itself judges the noisy steps, as if they were finished images")
