@@ -65,16 +65,18 @@ def write_imagereward(folder: Path, vision: dict, text: dict) -> None:
     vision_model = BlipVisionModel(BlipVisionConfig(layer_norm_eps=1e-6, hidden_act="gelu", **vision))
     text_model = BlipTextModel(BlipTextConfig(vocab_size=BERT_VOCABULARY + 2, encoder_hidden_size=vision["hidden_size"],
                                               is_decoder=True, **text), add_pooling_layer=False)
-    for model in (vision_model, text_model):  # LayerNorms and biases too, so that a mixed-up key shows
+    head = linear_head(text["hidden_size"])
+    for model in (vision_model, text_model, head):  # spread out, so that scores differ and a mixed-up key shows
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name.lower() and "weight" in name else 0.0,
-                                      std=0.02)
+                torch.nn.init.normal_(parameter, mean=float("norm" in name.lower() and "weight" in name), std=0.02)
+            elif "embedding" not in name:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     width = text["hidden_size"]
     state = {f"blip.visual_encoder.{official_vision_name(key)}": value
              for key, value in vision_model.state_dict().items()}
     state |= {f"blip.text_encoder.{key}": value for key, value in text_model.state_dict().items()}
-    state |= {f"mlp.layers.{key}": value for key, value in linear_head(width).state_dict().items()}
+    state |= {f"mlp.layers.{key}": value for key, value in head.state_dict().items()}
     state |= {f"blip.{name}_proj.{part}": torch.randn(shape) for name, size in (("vision", vision["hidden_size"]),
               ("text", width)) for part, shape in (("weight", (256, size)), ("bias", (256,)))}
     torch.save(state, folder / "ImageReward.pt")
