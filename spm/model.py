@@ -91,10 +91,15 @@ class StepAwarePreferenceModel(nn.Module):
         pooled = tower.post_layernorm(hidden[:, 0]) * (1 + scale) + shift
         return F.normalize(self.model.visual_projection(pooled), dim=-1)
 
-    def forward(self, pixels: torch.Tensor, timestep: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+    def score(self, pixels: torch.Tensor, timestep: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """Scores (N,) in float32 of (N, 3, H, W) pixels in [0, 1] at (N,) timesteps for (N, D) text features."""
         cosine = (self.image_features(pixels, timestep).float() * text_features.float()).sum(dim=-1)
         return self.model.logit_scale.float().exp() * cosine
+
+    def forward(self, pixels: torch.Tensor, timestep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Scores (m * P,) of (m * P, 3, H, W) pixels for P prompts' (P, 77) token ids, the prompts in turn m times."""
+        text_features = self.text_features(input_ids)
+        return self.score(pixels, timestep, text_features.repeat(len(pixels) // len(input_ids), 1))
 
 
 def _conditioned_layer(layer: nn.Module, hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:

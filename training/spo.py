@@ -210,7 +210,7 @@ def sampling_functions(unet, vae, spm: StepAwarePreferenceModel, conditioning: P
         times = torch.full((len(latents),), t, device=latents.device)
         pixels = decode_latents(vae, latents)
         with accelerator.autocast():
-            return spm(pixels, times, text_features[rows])
+            return spm.score(pixels, times, text_features[rows])
 
     return predict, score
 

@@ -44,7 +44,7 @@ def resampler_config(spo: SPOArguments) -> ResamplerConfig:
 
 def check_spo_arguments(args: TrainArguments, spo: SPOArguments) -> None:
     """Refuse bad values and warn of options that SPO ignores, before anything is loaded. Raises UserError."""
-    if spo.spo_prompts is None and args.dataset_name is None and args.train_data_dir is None:
+    if spo.spo_prompts is None and args.data_source is None:
         raise UserError("SPO needs prompts: --spo_prompts FILE (.txt or .json), or --dataset_name for its captions")
     if spo.spo_k < 2:
         raise UserError(f"--spo_k must be at least 2, not {spo.spo_k}: a pool needs a winner and a loser")
@@ -88,7 +88,7 @@ def load_prompts(args: TrainArguments, spo: SPOArguments, seed: int) -> list[str
     else:
         prompts = read_prompts(Path(spo.spo_prompts))
     if not prompts:
-        raise UserError(f"{spo.spo_prompts or args.dataset_name or args.train_data_dir} holds no prompts")
+        raise UserError(f"{spo.spo_prompts or args.data_source} holds no prompts")
     if args.max_train_samples is not None and args.max_train_samples < len(prompts):
         chosen = np.random.default_rng([seed, 2]).permutation(len(prompts))[:args.max_train_samples]
         prompts = [prompts[i] for i in sorted(chosen)]

@@ -44,7 +44,7 @@ def pickscore(clip: CLIPModel, pixels: torch.Tensor, input_ids: torch.Tensor) ->
 
 @torch.no_grad()
 def scores(spm: StepAwarePreferenceModel, pixels: torch.Tensor, input_ids: torch.Tensor, t: int) -> torch.Tensor:
-    return spm(pixels, torch.full((len(pixels),), t), spm.text_features(input_ids))
+    return spm(pixels, torch.full((len(pixels),), t), input_ids)
 
 
 @pytest.mark.parametrize("t", TIMESTEPS)
@@ -73,7 +73,7 @@ def test_trained_conditioning_depends_on_the_timestep_and_every_part_gets_a_grad
     for recompute in (False, True):
         spm.zero_grad()
         spm.gradient_checkpointing = recompute
-        spm(pixels, torch.arange(6) * 100, spm.text_features(input_ids)).square().sum().backward()
+        spm(pixels, torch.arange(6) * 100, input_ids).square().sum().backward()
         without = [name for name, parameter in spm.named_parameters() if parameter.grad is None]
         assert without == []
 
