@@ -58,6 +58,8 @@ class TrainArguments:
     metrics_config: str | None = option(None, "model ids and paths of --choice_model (default configs/metrics.yaml)")
     dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models")
     dataloader_num_workers: int = option(0, "processes that decode images, a device")
+    cached_dataset: str | None = option(None, "a folder made by training.cache with the same flags: its encoded images "
+                                        "and prompts replace VAE and text encoders")
 
     # Optimisation
     train_batch_size: int = option(1, "pairs a device in a micro-step")
@@ -83,6 +85,13 @@ class TrainArguments:
     mixed_precision: Literal["no", "fp16", "bf16"] = option("fp16", "compute dtype of the UNets, VAE and text encoders")
     allow_tf32: bool = option(False, "TF32 matrix products on NVIDIA GPUs")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+
+    # Robustness
+    max_bad_fraction: float = option(0.01, "stop when clearly more than this share of the pairs cannot be used")
+    max_nonfinite_steps: int = option(10, "stop after this many steps in a row without a finite loss and gradient")
+    watch_winner_rise: float = option(0.1, "warn when the winners' error is above the reference's by this share")
+    watch_margin: float = option(10.0, "warn when the margins' root mean square passes this many logits")
+    process_timeout: float = option(1800.0, "seconds that a process waits for the others before the run ends")
 
     # Output
     output_dir: str = option("sd-model-finetuned", "checkpoints, logs and the trained pipeline")
@@ -185,22 +194,25 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
         except ValueError as error:
             flag = {"beta": "beta_dpo"}.get(str(error).split()[0], str(error).split()[0])
             raise UserError(f"--{flag}: {error}") from None
-    for name in ("train_batch_size", "gradient_accumulation_steps", "resolution", "validation_steps"):
+    for name in ("train_batch_size", "gradient_accumulation_steps", "resolution", "validation_steps",
+                 "max_nonfinite_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("lora_rank", "max_train_steps", "lr_warmup_steps", "checkpointing_steps", "dataloader_num_workers",
                  "noise_offset", "input_perturbation", "adam_weight_decay", "num_train_epochs"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
-    for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+    for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "watch_winner_rise", "watch_margin",
+                 "process_timeout"):
         value = getattr(args, name)
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"--{name} must be a finite number above 0, not {value}")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} must lie in [0, 1), not {getattr(args, name)}")
-    if not 0 <= args.proportion_empty_prompts <= 1:
-        raise UserError(f"--proportion_empty_prompts must lie in [0, 1], not {args.proportion_empty_prompts}")
+    for name in ("proportion_empty_prompts", "max_bad_fraction"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} must lie in [0, 1], not {getattr(args, name)}")
     if args.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {args.resolution}")
     if args.max_train_samples is not None and args.max_train_samples < 1:
@@ -209,8 +221,10 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
         raise UserError(f"--checkpoints_total_limit must be at least 1, not {args.checkpoints_total_limit}")
     if args.max_train_steps == 0 and args.num_train_epochs == 0:
         raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
-    if args.train_method != "spo" and args.data_source is None:
+    if args.train_method != "spo" and args.data_source is None and args.cached_dataset is None:
         raise UserError("name the preference pairs: --dataset_name (hub id, folder or parquet) or --train_data_dir")
+    if args.cached_dataset and args.random_crop:
+        raise UserError("--cached_dataset holds centre crops: drop --random_crop, or train without a cache")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must lie in [0, 2^63), not {args.seed}")
 
