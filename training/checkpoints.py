@@ -214,7 +214,7 @@ def save_checkpoint(accelerator: Accelerator, policy, lr_scheduler, step: int, a
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(aside, safe_serialization=False)
-    save_policy(accelerator, policy, aside, lora=args.lora_rank > 0, weights_file=weights_file)
+    save_policy(accelerator, policy, aside, lora=getattr(args, "lora_rank", 0) > 0, weights_file=weights_file)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         progress = {"step": step, "lr_scheduler": lr_scheduler.state_dict(), "settings": run_settings(args, accelerator)}
