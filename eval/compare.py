@@ -1,0 +1,177 @@
+"""Compare two models prompt by prompt: win rates with confidence intervals for every metric, and a page to look at.
+
+    python -m eval.compare --json_a A.json --json_b B.json --label_a "SDPO" --label_b "SD1.5"
+
+Writes OUTDIR/{A}_vs_{B}_{MMDD-HHMMSS}/ with pair_METRIC.json, summary.json and report.html. Kept scores are reused.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+from transformers import HfArgumentParser
+
+from eval.files import write_json
+from eval.manifest import read_manifest
+from eval.metrics import metric_class
+from eval.report import write_report
+from eval.score import ScoredImage, ScoringOptions, report_failures, score_manifests, table
+from eval.statistics import RESAMPLES, holm, sign_test, win_rate_interval
+from training.errors import UserError, run_program
+
+EXTREMES = 10  # biggest wins and losses told for each metric
+
+
+@dataclass
+class Arguments(ScoringOptions):
+    json_a: str = field(default="", metadata={"help": "Generation manifest of model A."})
+    json_b: str = field(default="", metadata={"help": "Generation manifest of model B."})
+    label_a: str = field(default="A", metadata={"help": "Name of model A."})
+    label_b: str = field(default="B", metadata={"help": "Name of model B."})
+    outdir: str = field(default="output/vs_eval", metadata={"help": "Where the comparison's folder is made."})
+    pair_by: str = field(default="prompt", metadata={"choices": ["prompt", "index"], "help":
+        "prompt: same prompts, repeated ones in order; index: same position in the manifests."})
+    ties_policy: str = field(default="half", metadata={"choices": ["half", "exclude"], "help":
+        "A tie counts one half, or is left out of the win rate."})
+    no_report: bool = field(default=False, metadata={"help": "Write no report.html."})
+
+
+def pair_up(prompts_a: list[str], prompts_b: list[str], by: str) -> list[tuple[str, int, int]]:
+    """(prompt, index in A, index in B) of each pair, sorted by prompt (or by index); repeated prompts pair up in order.
+
+    Raises UserError when the two have no prompt in common.
+    """
+    if by == "index":
+        return [(prompt, index, index) for index, (prompt, _) in enumerate(zip(prompts_a, prompts_b))]
+    places_a, places_b = defaultdict(list), defaultdict(list)
+    for places, prompts in ((places_a, prompts_a), (places_b, prompts_b)):
+        for index, prompt in enumerate(prompts):
+            places[prompt].append(index)
+    pairs = [(prompt, *places) for prompt in sorted(places_a.keys() & places_b.keys())
+             for places in zip(places_a[prompt], places_b[prompt])]
+    if not pairs:
+        raise UserError("the two manifests have no prompt in common: compare runs of the same prompt group, or pair "
+                        "them by position with --pair_by index")
+    return pairs
+
+
+def compare_metric(metric: str, pairs: list[tuple[str, ScoredImage, ScoredImage]], label_a: str, label_b: str,
+                   ties_policy: str) -> tuple[dict, dict]:
+    """The pair file's content and the summary's row of one metric."""
+    prompts = [prompt for prompt, _, _ in pairs]
+    scores_a, scores_b = (np.array([pair[side].scores[metric] for pair in pairs]) for side in (1, 2))
+    winners = np.sign(scores_a - scores_b)
+    wins_a, wins_b, ties = (int((winners == sign).sum()) for sign in (1, -1, 0))
+    half, counted = (ties / 2, len(pairs)) if ties_policy == "half" else (0, wins_a + wins_b)
+    win_rate = (wins_a + half) / counted if counted else 0.5
+    results = [
+        {"pair_index": index, "prompt": prompt, "image_a": str(image_a.path), "image_b": str(image_b.path),
+         "score_a": image_a.scores[metric], "score_b": image_b.scores[metric],
+         "winner": label_a if sign > 0 else label_b if sign < 0 else "tie"}
+        for index, ((prompt, image_a, image_b), sign) in enumerate(zip(pairs, winners))
+    ]
+    counts = {"total_pairs": len(pairs), "wins_a": wins_a, "wins_b": wins_b, "ties": ties,
+              "win_rate_a_over_b": win_rate}
+    pair_file = {"model_a": label_a, "model_b": label_b, **counts, "mean_score_a": float(scores_a.mean()),
+                 "mean_score_b": float(scores_b.mean()), "ties_policy": ties_policy, "results": results}
+    by_margin = sorted(results, key=lambda result: result["score_b"] - result["score_a"])
+    told = [{"pair_index": result["pair_index"], "prompt": result["prompt"],
+             "margin": result["score_a"] - result["score_b"]} for result in by_margin]
+    row = {"metric": metric, "mean_a": float(scores_a.mean()), "mean_b": float(scores_b.mean()), **counts,
+           "win_rate_ci95": list(win_rate_interval(winners, prompts, ties_policy == "half")),
+           "sign_test_p": sign_test(winners, prompts),
+           "biggest_wins_a": [result for result in told[:EXTREMES] if result["margin"] > 0],
+           "biggest_wins_b": [result for result in told[:-EXTREMES - 1:-1] if result["margin"] < 0]}
+    return pair_file, row
+
+
+def summarise(rows: list[dict], args: Arguments, pairing: dict) -> dict:
+    """summary.json; Holm's correction runs over the metrics of `rows`."""
+    for row, adjusted in zip(rows, holm([row["sign_test_p"] for row in rows])):
+        row["sign_test_p_holm"] = adjusted
+    half = args.ties_policy == "half"
+    won = sum(row["wins_a"] + (row["ties"] / 2 if half else 0) for row in rows)
+    counted = sum(row["total_pairs"] if half else row["wins_a"] + row["wins_b"] for row in rows)
+    return {
+        "pair": {"model_a": args.label_a, "model_b": args.label_b, "ties_policy": args.ties_policy},
+        "metrics": rows,
+        "averages": {"macro_win_rate_a_over_b": float(np.mean([row["win_rate_a_over_b"] for row in rows])),
+                     "micro_win_rate_a_over_b": won / counted if counted else 0.5},
+        "pairing": pairing,
+        "intervals": {"method": "percentile bootstrap over prompts", "level": 0.95, "resamples": RESAMPLES},
+        "test": "two-sided paired sign test over prompts, Holm-corrected over the metrics",
+    }
+
+
+def new_folder(outdir: str, label_a: str, label_b: str) -> Path:
+    names = [re.sub(r"[^\w.+-]+", "_", label) for label in (label_a, label_b)]
+    stamp = f"{names[0]}_vs_{names[1]}_{datetime.now():%m%d-%H%M%S}"
+    for number in range(1, 1000):
+        folder = Path(outdir) / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise UserError(f"{outdir} holds too many comparisons of this second")
+
+
+def summary_lines(summary: dict) -> list[str]:
+    """The table that the program prints."""
+    label_a, label_b = summary["pair"]["model_a"], summary["pair"]["model_b"]
+    rows = [("Metric", f"mean {label_a}", f"mean {label_b}", f"{label_a} wins", "95% interval", "wins", "losses", "ties",
+             "p (Holm)")]
+    for row in summary["metrics"]:
+        low, high = row["win_rate_ci95"]
+        rows.append((metric_class(row["metric"]).label, f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}",
+                     f"{row['win_rate_a_over_b']:.2%}", f"{low:.2%} to {high:.2%}", str(row["wins_a"]),
+                     str(row["wins_b"]), str(row["ties"]), f"{row['sign_test_p_holm']:.2g}"))
+    averages = summary["averages"]
+    return [*table(rows), "", f"win rate of {label_a} over {label_b}: macro {averages['macro_win_rate_a_over_b']:.2%}, "
+            f"micro {averages['micro_win_rate_a_over_b']:.2%}"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)[0]
+    for side in ("a", "b"):
+        if not getattr(args, f"json_{side}"):
+            raise UserError(f"--json_{side} names no manifest")
+    if not args.label_a or not args.label_b or args.label_a == args.label_b or "tie" in (args.label_a, args.label_b):
+        raise UserError("--label_a and --label_b must be two different names, neither of them 'tie'")
+    entries_a, entries_b = read_manifest(args.json_a), read_manifest(args.json_b)
+    indices = pair_up([entry["prompt"] for entry in entries_a], [entry["prompt"] for entry in entries_b], args.pair_by)
+
+    (scored_a, scored_b), failures = score_manifests([args.json_a, args.json_b], args)
+    paired = [(prompt, scored_a.images[a], scored_b.images[b]) for prompt, a, b in indices]
+    pairs = [pair for pair in paired if not pair[1].fault and not pair[2].fault]
+    if not pairs:
+        raise UserError("no pair has both its images")
+    pairing = {"by": args.pair_by, "pairs": len(pairs), "left_out_for_missing_images": len(paired) - len(pairs),
+               "images_without_partner_a": len(entries_a) - len(indices),
+               "images_without_partner_b": len(entries_b) - len(indices)}
+    if pairing["images_without_partner_a"] or pairing["images_without_partner_b"]:
+        print(f"{len(entries_a) - len(indices)} images of {args.label_a} and {len(entries_b) - len(indices)} of "
+              f"{args.label_b} have no partner: left out", file=sys.stderr)
+
+    compared = {metric: compare_metric(metric, pairs, args.label_a, args.label_b, args.ties_policy)
+                for metric in args.metrics if metric not in failures}
+    if not compared:
+        return report_failures(failures)
+    folder = new_folder(args.outdir, args.label_a, args.label_b)
+    for metric, (pair_file, _) in compared.items():
+        write_json(folder / f"pair_{metric}.json", pair_file)
+    summary = summarise([row for _, row in compared.values()], args, pairing)
+    write_json(folder / "summary.json", summary)
+    print("\n" + "\n".join(summary_lines(summary)) + "\n")
+    print(f"wrote {folder}/summary.json")
+    if not args.no_report:
+        print(f"wrote {write_report(folder)}")
+    return report_failures(failures)
+
+
+if __name__ == "__main__":
+    run_program(main)

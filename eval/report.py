@@ -1,0 +1,120 @@
+"""The page of a comparison: win rates with intervals, score distributions, and every pair side by side.
+
+    python -m eval.report --comparison output/vs_eval/A_vs_B_1121-204500
+
+Reads summary.json and the pair files; writes report.html, which needs no network. Up to INLINE_PAIRS pairs its images
+are inside it; beyond, they lie beside it in report_images/.
+"""
+
+import base64
+import io
+import json
+import os
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+from PIL import Image
+from transformers import HfArgumentParser
+
+from eval.files import write_bytes
+from eval.metrics import metric_class
+from training.errors import UserError, run_program
+
+INLINE_PAIRS = 150
+THUMBNAIL = 384  # pixels; a phone's card shows about 180, a laptop's 300
+QUALITY = 82
+
+
+@dataclass
+class Arguments:
+    comparison: str = field(metadata={"help": "Folder that eval.compare wrote."})
+    images: str = field(default="auto", metadata={"choices": ["auto", "inline", "beside"], "help":
+        f"Inside the page, in report_images/ beside it, or by number: inside up to {INLINE_PAIRS} pairs."})
+
+
+def thumbnail(path: str) -> bytes | None:
+    """A JPEG of at most THUMBNAIL pixels; None when the image has gone since it was scored."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except OSError:
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=QUALITY)
+    return data.getvalue()
+
+
+def read_comparison(folder: Path) -> tuple[dict, dict[str, dict]]:
+    """summary.json and the pair files by metric. Raises UserError when they are not there."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        pair_files = {row["metric"]: json.loads((folder / f"pair_{row['metric']}.json").read_text(encoding="utf-8"))
+                      for row in summary["metrics"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no whole comparison ({error}): eval.compare writes one") from None
+    return summary, pair_files
+
+
+def place_images(folder: Path, paths: list[str], inline: bool) -> list[str]:
+    """The src of each image's thumbnail: a data URI, or a file that this writes into report_images/."""
+    beside = folder / "report_images"
+    if not inline:
+        beside.mkdir(exist_ok=True)
+
+    def place(numbered: tuple[int, str]) -> str:
+        number, path = numbered
+        data = thumbnail(path)
+        if data is None:
+            return ""
+        if inline:
+            return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+        (beside / f"{number}.jpg").write_bytes(data)
+        return f"report_images/{number}.jpg"
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(place, enumerate(paths)))
+
+
+def page_data(folder: Path, pair_files: dict[str, dict], inline: bool) -> list[dict]:
+    """One record a pair: prompt, thumbnails, paths of the full images as seen from the page, scores by metric."""
+    first = next(iter(pair_files.values()))["results"]
+    paths = [result[side] for result in first for side in ("image_a", "image_b")]
+    thumbnails = place_images(folder, paths, inline)
+    full = [urllib.parse.quote(Path(os.path.relpath(path, folder)).as_posix()) for path in paths]
+    return [
+        {"prompt": result["prompt"], "thumbs": thumbnails[2 * index:2 * index + 2],
+         "full": full[2 * index:2 * index + 2],
+         "scores": {metric: [pair_file["results"][index]["score_a"], pair_file["results"][index]["score_b"]]
+                    for metric, pair_file in pair_files.items()}}
+        for index, result in enumerate(first)
+    ]
+
+
+def write_report(folder: str | Path, images: str = "auto") -> Path:
+    """Write report.html into a comparison's folder and return its path. Raises UserError when there is no comparison."""
+    folder = Path(folder)
+    summary, pair_files = read_comparison(folder)
+    pairs = len(next(iter(pair_files.values()))["results"])
+    inline = images == "inline" or (images == "auto" and pairs <= INLINE_PAIRS)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    labels = {metric: metric_class(metric).label for metric in pair_files}
+    page = environment.get_template("report.html.j2").render(
+        summary=summary, labels=labels, pairs=pairs,
+        data={"labelA": summary["pair"]["model_a"], "labelB": summary["pair"]["model_b"], "metrics": labels,
+              "pairs": page_data(folder, pair_files, inline)})
+    write_bytes(folder / "report.html", page.encode())
+    return folder / "report.html"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)[0]
+    print(f"wrote {write_report(args.comparison, args.images)}")
+
+
+if __name__ == "__main__":
+    run_program(main)
