@@ -20,6 +20,7 @@ from losses import preference_loss
 from training.arguments import TrainArguments, parse_arguments
 from training.checkpoints import (find_checkpoint, load_checkpoint, register_hooks, save_checkpoint,
                                   save_result, write_run_file)
+from training.cached_dataset import CachedDataset, check_cache
 from training.data import PairDataset, choose_pairs, load_table, make_loader
 from training.diffusion import noisy_batch, predict, predict_reference
 from training.errors import run_program
@@ -64,15 +65,17 @@ def train(args: TrainArguments, accelerator: Accelerator) -> None:
 
     # 2. Preference pairs, before any large model is read.
     models = load_tokenizers_and_scheduler(args)
+    cache = CachedDataset(args.cached_dataset) if args.cached_dataset else None
     with accelerator.main_process_first():
-        pairs = choose_pairs(load_table(args), args, args.seed)
+        pairs = choose_pairs(cache.rows() if cache else load_table(args), args, args.seed)
 
     # 3. Models: frozen encoders, policy, and the reference it is compared with.
-    load_frozen_encoders(models, args, compute_dtype, device)
+    if cache:
+        check_cache(cache, models, args, compute_dtype)
+    else:
+        load_frozen_encoders(models, args, compute_dtype, device)
     load_policy_and_reference(models, args, compute_dtype, device)
-    scale = 2 ** (len(models.vae.config.block_out_channels) - 1)
-    latent_shape = (models.vae.config.latent_channels, args.resolution // scale, args.resolution // scale)
-    dataset = PairDataset(pairs, models.tokenizers, args, args.seed, latent_shape)
+    dataset = PairDataset(pairs, models.tokenizers, args, args.seed, models.latent_shape, cache)
 
     # 4. Optimizer and schedule.
     pairs_per_step = accelerator.num_processes * args.train_batch_size * args.gradient_accumulation_steps

@@ -9,9 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from training.arguments import TrainArguments
+from training.cached_dataset import CachedDataset
 from training.draws import PairStream, draw_pair
 from training.errors import UserError, first_line
-from training.images import decode_image, image_bytes, to_pixels
+from training.images import cut_square, decode_image, image_bytes
 
 PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0")
 
@@ -53,14 +54,14 @@ def column_values(table: datasets.Dataset, name: str) -> np.ndarray:
 
 @dataclass
 class PairTable:
-    """rows: the table. index: (n,) the usable rows. first_wins: (n,) bool, image 0 is the winner. single: the column
-    of a dataset without pairs (sft). notes: what was dropped, for the start-up summary."""
+    """rows: the table. index: (n,) the usable rows. first_wins: (n,) bool, image 0 is the winner. image_columns: two,
+    or the one of a dataset without pairs (sft). notes: what was dropped, for the start-up summary."""
 
     rows: datasets.Dataset
     index: np.ndarray
     first_wins: np.ndarray
     caption_column: str
-    single: str | None
+    image_columns: list[str]
     notes: list[str]
 
     def __len__(self) -> int:
@@ -113,7 +114,8 @@ def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
         notes.append(f"{len(index)} kept by --max_train_samples")
     if len(index) == 0:
         raise UserError(f"no usable pair is left of {len(table)} in {source}: {'; '.join(notes) or 'it is empty'}")
-    return PairTable(table, index, first_wins[index], args.caption_column, single, notes)
+    image_columns = [single] if single else ["jpg_0", "jpg_1"]
+    return PairTable(table, index, first_wins[index], args.caption_column, image_columns, notes)
 
 
 # --- one pair ----------------------------------------------------------------------------------------------------------
@@ -121,14 +123,15 @@ def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
 class PairDataset(torch.utils.data.Dataset):
     """(position, index) -> one pair as tensors: everything that the training step needs and that is random about it.
 
-    pixel_values (2, 3, H, W) in [-1, 1], winner first (sft: (1, ...)); timestep () in [0, 1); noise (C, h, w);
+    pixel_values (2, 3, H, W) uint8, winner first (sft: (1, ...)); timestep () in [0, 1); noise (C, h, w);
     vae_noise (2, C, h, w); input_ids.N (77,) for each tokenizer; position ().
+    With a cache, in place of pixel_values and input_ids: moments (2, 2C, h, w), embeddings (77, D), pooled (P,).
     """
 
     def __init__(self, pairs: PairTable, tokenizers: list, args: TrainArguments, seed: int,
-                 latent_shape: tuple[int, int, int]):
+                 latent_shape: tuple[int, int, int], cache: CachedDataset | None = None):
         self.pairs, self.tokenizers, self.args, self.seed = pairs, tokenizers, args, seed
-        self.latent_shape = latent_shape
+        self.latent_shape, self.cache = latent_shape, cache
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -137,27 +140,28 @@ class PairDataset(torch.utils.data.Dataset):
         position, index = place
         args = self.args
         draw = draw_pair(self.seed, position, self.latent_shape, perturb=args.input_perturbation > 0)
-        row = self.pairs.rows[int(self.pairs.index[index])]
-        if self.pairs.single is not None:
-            images = [row[self.pairs.single]]
-        else:
-            images = [row["jpg_0"], row["jpg_1"]] if self.pairs.first_wins[index] else [row["jpg_1"], row["jpg_0"]]
-            images = images[:1] if args.train_method == "sft" else images
-        flip = draw.flip[[0, 0]] if args.paired_hflip else draw.flip
-        pixels = [to_pixels(decode_image(image_bytes(image)), args.resolution,
-                            crop=draw.crop[i] if args.random_crop else None,
-                            flip=not args.no_hflip and bool(flip[i] < 0.5)) for i, image in enumerate(images)]
+        number = int(self.pairs.index[index])
+        row = self.pairs.rows[number]
+        members = [0, 1] if self.pairs.first_wins[index] else [1, 0]  # of the image columns, winner first
+        members = members[:1] if args.train_method == "sft" else members
+        uniform = draw.flip[[0, 0]] if args.paired_hflip else draw.flip
+        flips = [not args.no_hflip and bool(uniform[i] < 0.5) for i in range(len(members))]
         caption = "" if draw.drop_prompt < args.proportion_empty_prompts else row[self.pairs.caption_column] or ""
         noise = draw.noise + args.noise_offset * draw.offset_noise if args.noise_offset else draw.noise
         item = {
-            "pixel_values": torch.stack(pixels),
-            "vae_noise": draw.vae_noise[:len(pixels)],
+            "vae_noise": draw.vae_noise[:len(members)],
             "noise": noise,
             "timestep": torch.tensor(draw.timestep, dtype=torch.float64),
             "position": torch.tensor(position),
         }
         if draw.perturbation is not None:
             item["input_noise"] = noise + args.input_perturbation * draw.perturbation
+        if self.cache is not None:
+            return item | {"moments": self.cache.moments(number, members, flips)} | self.cache.prompt(caption)
+        crops = draw.crop if args.random_crop else [None, None]
+        columns = [self.pairs.image_columns[member] for member in members]
+        item["pixel_values"] = torch.stack([cut_square(decode_image(image_bytes(row[column])), args.resolution, crop, flip)
+                                            for column, crop, flip in zip(columns, crops, flips)])
         for number, tokenizer in enumerate(self.tokenizers):
             item[f"input_ids.{number}"] = tokenize(tokenizer, [caption])[0]
         return item

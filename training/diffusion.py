@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from training.arguments import TrainArguments
+from training.images import scale_pixels
 from training.models import (REFINER_AESTHETIC_SCORE, REFINER_TIMESTEPS, TURBO_TIMESTEPS, Models, adapters_off,
                              is_refiner, is_turbo)
 
@@ -29,10 +31,19 @@ def winners_first(per_pair: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def encode_moments(vae, pixel_values: Tensor) -> Tensor:
+    """The VAE's mean and log-variance as one (N, 2C, h, w) in its dtype, of images (N, 3, H, W) in [-1, 1]."""
+    return vae.encode(pixel_values.to(vae.dtype)).latent_dist.parameters
+
+
 def encode_images(vae, pixel_values: Tensor, vae_noise: Tensor) -> Tensor:
     """Scaled latents (N, C, h, w) float32 of images (N, 3, H, W) in [-1, 1], sampled with the given normal noise."""
-    distribution = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    return sample_latents(distribution.mean, distribution.std, vae_noise, vae.config.scaling_factor)
+    return latents_of_moments(encode_moments(vae, pixel_values), vae_noise, vae.config.scaling_factor)
+
+
+def latents_of_moments(moments: Tensor, vae_noise: Tensor, scaling_factor: float) -> Tensor:
+    distribution = DiagonalGaussianDistribution(moments)
+    return sample_latents(distribution.mean, distribution.std, vae_noise, scaling_factor)
 
 
 def sample_latents(mean: Tensor, std: Tensor, vae_noise: Tensor, scaling_factor: float) -> Tensor:
@@ -61,7 +72,7 @@ def size_ids(args: TrainArguments, count: int, device: torch.device) -> Tensor:
 def choose_timesteps(uniform: Tensor, args: TrainArguments, num_train_timesteps: int) -> Tensor:
     """Uniforms in [0, 1) -> timesteps ~ U{0..T-1}; turbo models have four, the refiner the lowest 200."""
     if is_turbo(args):
-        steps = torch.tensor(TURBO_TIMESTEPS, device=uniform.device)
+        steps = torch.tensor(TURBO_TIMESTEPS).to(uniform.device, non_blocking=True)
         return steps[(uniform * len(TURBO_TIMESTEPS)).long()]
     timesteps = (uniform * num_train_timesteps).long()
     return timesteps % REFINER_TIMESTEPS if is_refiner(args) else timesteps
@@ -70,10 +81,15 @@ def choose_timesteps(uniform: Tensor, args: TrainArguments, num_train_timesteps:
 @torch.no_grad()
 def noisy_batch(batch: dict[str, Tensor], models: Models, args: TrainArguments) -> NoisyBatch:
     """From a micro-batch of B pairs on the device to the UNets' inputs. One timestep and one noise a pair."""
-    members = batch["pixel_values"].shape[1]  # winner and loser; the winner alone for sft
-    latents = encode_images(models.vae, winners_first(batch["pixel_values"]), winners_first(batch["vae_noise"]))
-    input_ids = [batch[f"input_ids.{number}"] for number in range(len(models.tokenizers))]
-    embeddings, pooled = encode_prompts(models.text_encoders, input_ids, args.sdxl)
+    members = batch["vae_noise"].shape[1]  # winner and loser; the winner alone for sft
+    if "moments" in batch:  # from a cache
+        moments = winners_first(batch["moments"])
+        embeddings, pooled = batch["embeddings"], batch.get("pooled")
+    else:
+        moments = encode_moments(models.vae, scale_pixels(winners_first(batch["pixel_values"])))
+        input_ids = [batch[f"input_ids.{number}"] for number in range(len(models.tokenizers))]
+        embeddings, pooled = encode_prompts(models.text_encoders, input_ids, args.sdxl)
+    latents = latents_of_moments(moments, winners_first(batch["vae_noise"]), models.scaling_factor)
 
     scheduler = models.scheduler
     timesteps = choose_timesteps(batch["timestep"], args, scheduler.config.num_train_timesteps).repeat(members)

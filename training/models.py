@@ -24,7 +24,8 @@ REFINER_AESTHETIC_SCORE = 6.0
 @dataclass
 class Models:
     """policy is trained. reference is None where the policy with its adapter off serves (LoRA) or none is needed (sft).
-    tokenizers and text_encoders have one entry for SD1.5 and two for SDXL (one for its refiner)."""
+    tokenizers and text_encoders have one entry for SD1.5 and two for SDXL (one for its refiner); text_encoders and vae
+    are empty where a cache replaces them. latent_shape: (C, h, w)."""
 
     scheduler: DDPMScheduler
     tokenizers: list[CLIPTokenizer]
@@ -32,6 +33,8 @@ class Models:
     vae: AutoencoderKL | None = None
     policy: UNet2DConditionModel | None = None
     reference: UNet2DConditionModel | None = None
+    scaling_factor: float = 1.0
+    latent_shape: tuple[int, int, int] | None = None
 
 
 def is_turbo(args: TrainArguments) -> bool:
@@ -73,6 +76,9 @@ def load_frozen_encoders(models: Models, args: TrainArguments, dtype: torch.dtyp
              "madebyollin/sdxl-vae-fp16-fix runs in fp16")
         vae = from_hub(AutoencoderKL, vae_name, "the VAE", torch_dtype=torch.float32, **where)
     models.vae = vae.requires_grad_(False).eval().to(device)
+    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    models.latent_shape = (vae.config.latent_channels, side, side)
+    models.scaling_factor = vae.config.scaling_factor
 
 
 def load_policy_and_reference(models: Models, args: TrainArguments, dtype: torch.dtype, device: torch.device) -> None:
@@ -98,6 +104,9 @@ def check_conditioning(unet: UNet2DConditionModel, args: TrainArguments) -> None
     if is_sdxl != args.sdxl:
         raise UserError(f"{args.pretrained_model_name_or_path} is {'an SDXL' if is_sdxl else 'no SDXL'} model: "
                         f"{'add' if is_sdxl else 'drop'} --sdxl")
+    if unet.config.get("dropout"):
+        raise UserError(f"{args.pretrained_model_name_or_path} has dropout {unet.config.dropout}: policy and reference "
+                        "would differ by chance; set it to 0 in unet/config.json")
 
 
 def cast_compute_weights(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -116,9 +125,10 @@ def make_reference(policy: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DCo
     """A frozen copy whose predictions equal the policy's bit for bit under the same autocast, at half the memory.
 
     With a reference cast to bf16 as a whole the margin of two identical models scatters by 0.5 to 5 logits at beta
-    5000; with this one it is exactly 0.
+    5000; with this one it is exactly 0. It stays in training mode as the policy is: diffusers' blocks lay out memory
+    differently in evaluation mode, which picks kernels that round differently (no dropout is at stake: refused).
     """
-    reference = copy.deepcopy(policy).requires_grad_(False).eval()
+    reference = copy.deepcopy(policy).requires_grad_(False).train()
     return cast_compute_weights(reference, dtype)
 
 
