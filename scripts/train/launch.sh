@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# launch.sh PRESET [train.py flags]: run train.py with configs/train/PRESET.yaml on every GPU of this machine.
+# launch.sh PRESET [train.py flags]: run train.py with configs/train/PRESET.yaml on every GPU of this machine
+# (presets spm_*: python -m spm.train).
 # Flags given here win over the preset. Environment, all optional: NUM_PROCESSES, ACCELERATE_CONFIG (a file of
 # configs/accelerate), and for several machines NUM_MACHINES, MACHINE_RANK, MAIN_ADDRESS, MAIN_PORT.
 set -euo pipefail
@@ -16,9 +17,12 @@ launch=(--config_file "${ACCELERATE_CONFIG:-$ROOT/configs/accelerate/$config.yam
 
 # The published effective batch of 2048 pairs on any number of processes: batch 8, so 256 / processes accumulated.
 accumulation=()
-if [[ "$preset" != *_spo ]]; then accumulation=(--gradient_accumulation_steps "$(( 256 / processes > 0 ? 256 / processes : 1 ))"); fi
+if [[ "$preset" != *_spo && "$preset" != spm_* ]]; then accumulation=(--gradient_accumulation_steps "$(( 256 / processes > 0 ? 256 / processes : 1 ))"); fi
+
+program=("$ROOT/train.py")
+if [[ "$preset" == spm_* ]]; then program=(-m spm.train); fi
 
 say "$preset on $gpus GPU(s), $processes process(es)"
 [ "$gpus" -eq 0 ] && echo "no GPU found: this runs on the CPU, which suits only small models"
-run "$PYTHON" -m accelerate.commands.launch --quiet "${launch[@]}" "$ROOT/train.py" \
+run "$PYTHON" -m accelerate.commands.launch --quiet "${launch[@]}" "${program[@]}" \
   --config "$ROOT/configs/train/$preset.yaml" "${accumulation[@]}" "$@"
