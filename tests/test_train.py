@@ -1,0 +1,212 @@
+"""The real program, launched as users launch it, on tiny pipelines and JPEG pairs."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SMALL = ["--resolution", 64, "--lr_warmup_steps", 0, "--mixed_precision", "no", "--dataloader_num_workers", 0]
+SCALARS = {"train_loss", "implicit_acc_accumulated", "model_mse_unaccumulated", "ref_mse_unaccumulated",
+           "avg_win_diff_loss", "avg_lose_diff_loss", "avg_lose_l_scale", "lr", "margin_mean", "margin_std",
+           "grad_norm", "pairs_per_second", "peak_memory_gb"}
+
+
+def launch(python, processes=1):
+    """accelerate's launcher with one process, or several CPU processes over gloo."""
+    several = ["--multi_gpu", "--num_machines", 1] if processes > 1 else ["--cpu"]
+    return [python, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", processes, *several,
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0, "train.py"]
+
+
+def weights(folder):
+    return torch.load(folder / "unet.pth", weights_only=True)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def scalars(output_dir):
+    events = EventAccumulator(str(output_dir / "logs" / "tuning")).Reload()
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+@pytest.mark.parametrize("method", ["diffusion_dpo", "dspo", "dmpo"])
+def test_the_published_scripts_train(model, method, tiny_sd15, tiny_sdxl, pairs_dir, tmp_path, run):
+    pipeline = tiny_sd15 if model == "sd15" else tiny_sdxl
+    output = tmp_path / "out"
+    flags = ["--pretrained_model_name_or_path", pipeline, "--train_data_dir", pairs_dir, "--output_dir", output, *SMALL,
+             "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_train_steps", 2, "--seed", 0,
+             "--learning_rate", 1e-6]
+    if model == "sdxl":
+        flags += ["--pretrained_vae_model_name_or_path", pipeline / "vae"]
+    result = run(["bash", f"scripts/train/{model}_{method}.sh", *flags])
+    assert "4 pairs a step = 1 device(s) x 2 x 2 accumulated" in result.stdout
+
+    state, before = weights(output), load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert state.keys() == before.keys() and not equal(state, before), "the policy moved"
+    reloaded = DiffusionPipeline.from_pretrained(output)
+    assert equal(reloaded.unet.state_dict(), state)
+    image = reloaded("a red circle", num_inference_steps=2, height=64, width=64, output_type="np").images[0]
+    assert image.shape == (64, 64, 3)
+
+    logged = scalars(output)
+    assert SCALARS <= logged.keys() and logged["train_loss"].keys() == {1, 2}
+    if method == "diffusion_dpo":
+        assert logged["train_loss"][1] == pytest.approx(0.6931471805599453, abs=1e-7)
+    assert logged["avg_win_diff_loss"][1] == 0 and logged["margin_mean"][1] == 0 and logged["margin_std"][1] == 0
+    assert 0 < logged["avg_lose_l_scale"][1] < 1, "the preset's safeguard is on"
+
+
+@pytest.fixture(scope="module")
+def two_process_run(tiny_sd15, pairs_dir, tmp_path_factory, run, python):
+    """An unbroken run of 4 steps on 2 processes, with checkpoints."""
+    output = tmp_path_factory.mktemp("two") / "out"
+    flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL, "--seed", 5,
+             "--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--max_train_steps", 4,
+             "--learning_rate", 1e-4, "--checkpointing_steps", 1, "--checkpoints_total_limit", 3,
+             "--use_winner_preserving", "--winner_preserving_mu", 0.5, "--max_train_samples", 7]
+    result = run([*launch(python, 2), *flags, "--output_dir", output])
+    assert "2 device(s)" in result.stdout and result.stdout.count("Training\n") == 1
+    return output, flags
+
+
+@pytest.mark.slow
+def test_two_processes_stop_resume_and_end_as_the_unbroken_run(two_process_run, tmp_path, run, python):
+    output, flags = two_process_run
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    resumed = tmp_path / "resumed"
+    shutil.copytree(output, resumed, ignore=shutil.ignore_patterns("checkpoint-3", "checkpoint-4", "unet*", "logs"))
+    result = run([*launch(python, 2), *flags, "--output_dir", resumed])
+    assert "resuming" in result.stdout and "after step 2" in result.stdout
+    assert equal(weights(resumed), weights(output))
+    unbroken, continued = scalars(output)["train_loss"], scalars(resumed)["train_loss"]
+    assert continued == {step: unbroken[step] for step in (3, 4)}
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_parameters_of_one_with_twice_the_batch(tiny_sd15, pairs_dir, tmp_path, run, python):
+    """Same pairs, noise and timesteps; a lambda for each pair; SGD, because Adam magnifies rounding near 0."""
+    flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL, "--seed", 3,
+             "--optimizer", "sgd", "--learning_rate", 1e-3, "--max_train_steps", 3, "--beta_dpo", 50,
+             "--use_winner_preserving", "--winner_preserving_mu", 0.5, "--checkpointing_steps", 0]
+    runs = {}
+    for granularity in ("sample", "batch"):
+        for processes, batch in ((1, 4), (2, 2)):
+            output = tmp_path / f"{granularity}-{processes}"
+            run([*launch(python, processes), *flags, "--train_batch_size", batch, "--output_dir", output,
+                 "--winner_preserving_granularity", granularity])
+            runs[granularity, processes] = weights(output), scalars(output)["train_loss"], scalars(output)["avg_lose_l_scale"]
+
+    one, two = runs["sample", 1], runs["sample", 2]
+    start = load_file(tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors")
+    moved = max((one[0][key] - start[key]).abs().max() for key in start)
+    apart = max((one[0][key] - two[0][key]).abs().max() for key in start)
+    assert moved > 1e-4 and apart < 1e-6
+    assert one[1] == pytest.approx(two[1], rel=1e-5)
+    # The batch's lambda is each process's own, as published: splitting the batch changes it.
+    assert abs(runs["batch", 1][2][1] - runs["batch", 2][2][1]) > 1e-6
+
+
+@pytest.mark.slow
+def test_lora_trains_resumes_and_merges(tiny_sdxl, pairs_dir, tmp_path, run, python):
+    flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--sdxl", "--train_data_dir", pairs_dir, *SMALL,
+             "--lora_rank", 4, "--seed", 1, "--train_batch_size", 2, "--max_train_steps", 3, "--learning_rate", 1e-2,
+             "--optimizer", "adamw", "--checkpointing_steps", 2, "--validation_prompts", "a red circle", "a <blue> square"]
+    output = tmp_path / "out"
+    run([python, "train.py", *flags, "--output_dir", output])
+    resumed = tmp_path / "resumed"
+    shutil.copytree(output, resumed, ignore=shutil.ignore_patterns("checkpoint-3", "unet*", "*.safetensors.x"))
+    run([python, "train.py", *flags, "--output_dir", resumed])
+    assert equal(weights(output), weights(resumed))
+
+    base = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet")
+    merged = weights(output)
+    changed = {key for key in merged if not torch.equal(merged[key], base.state_dict()[key])}
+    assert changed and all(re.search(r"attn\d\.to_(q|k|v|out\.0)\.weight", key) for key in changed)
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl)
+    pipeline.load_lora_weights(output)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    for key, value in pipeline.unet.state_dict().items():
+        torch.testing.assert_close(value, merged[key], rtol=1e-5, atol=1e-6)
+
+    sheets = sorted((output / "validation" / "step-3").glob("*.png"))
+    assert len(sheets) == 2
+    from PIL import Image
+    with Image.open(sheets[0]) as sheet:
+        assert sheet.size == (128, 64), "reference left, policy right"
+        left, right = sheet.crop((0, 0, 64, 64)), sheet.crop((64, 0, 128, 64))
+        assert left.tobytes() != right.tobytes()
+
+
+@pytest.mark.slow
+def test_sft_v_prediction_workers_and_a_config_file(pairs_dir, tmp_path, run, python):
+    """Winners alone, no reference, a v-prediction model; the file's options, the command line winning."""
+    from shapes.pipeline import build_pipeline
+    base = build_pipeline(tmp_path / "v", "sd15", prediction_type="v_prediction")
+    config = tmp_path / "sft.yaml"
+    config.write_text(f"train_method: sft\ntrain_data_dir: {pairs_dir}\nmax_train_steps: 50\nlearning_rate: 1e-3\nseed: 1\n")
+    output = tmp_path / "out"
+    result = run([python, "train.py", "--config", config, "--pretrained_model_name_or_path", base, *SMALL[:-2],
+                  "--dataloader_num_workers", 2, "--max_train_steps", 30, "--train_batch_size", 8, "--random_crop",
+                  "--noise_offset", 0.05, "--input_perturbation", 0.1, "--output_dir", output])
+    assert "reference  none" in result.stdout
+    loss = scalars(output)["train_loss"]
+    assert max(loss) == 30
+    assert sum(loss[step] for step in range(26, 31)) < sum(loss[step] for step in range(1, 6)), "it learns"
+    assert StableDiffusionPipeline.from_pretrained(output, safety_checker=None).scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_line_and_loses_nothing(two_process_run, tiny_sd15, tiny_sdxl, pairs_dir, tmp_path, run, python):
+    output, flags = two_process_run
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file() and "logs" not in path.parts}
+    base = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL]
+    unfit = tmp_path / "unet.pth"
+    torch.save({"conv_in.weight": torch.zeros(1, 2)}, unfit)
+    cases = [
+        ([*base, "--beta_dpo", -1], ["--beta_dpo"]),
+        ([*base, "--pretrained_model_name_or_path", "no/such-model"], ["no/such-model", "hub"]),
+        ([*base, "--train_data_dir", tmp_path / "nothing"], ["nothing", "no such folder"]),
+        ([*base, "--sdxl"], ["--sdxl", "tokenizer"]),
+        (["--pretrained_model_name_or_path", tiny_sdxl, "--train_data_dir", pairs_dir, *SMALL], ["SDXL", "--sdxl"]),
+        ([*base, "--mixed_precision", "fp16"], ["fp16 needs a GPU"]) if not torch.cuda.is_available() else
+        ([*base, "--resolution", 7], ["resolution"]),
+        ([*base, "--unet_init", unfit], ["conv_in.weight", "(1, 2)"]),
+        ([*base, "--lr_scheduler", "nope"], ["--lr_scheduler", "cosine"]),
+        ([*base, "--report_to", "nosuch"], ["--report_to"]),
+        ([*base, "--resume_from_checkpoint", "checkpoint-99"], ["checkpoint-99"]),
+        ([*base, "--output_dir", output], ["different run", "num_processes was 2, is 1"]),
+        ([*base, "--output_dir", "/proc/no/such"], ["/proc/no/such"]),
+    ]
+    driver = tmp_path / "driver.py"  # one process for all cases: what is tested is the program's own main()
+    driver.write_text("import io, json, sys, contextlib\nfrom train import main\nfrom training.errors import run_program\n"
+                      "from accelerate.state import AcceleratorState, PartialState\n"
+                      "for words in json.load(open(sys.argv[1])):\n"
+                      "    AcceleratorState._reset_state(True)\n"
+                      "    sys.argv = ['train.py', *words]\n    err = io.StringIO()\n    code = 0\n"
+                      "    with contextlib.redirect_stderr(err):\n        try: run_program(main)\n"
+                      "        except SystemExit as end: code = end.code\n"
+                      "    print('CASE ' + json.dumps([code, err.getvalue()]), flush=True)\n")
+    listing = tmp_path / "cases.json"
+    listing.write_text(json.dumps([[str(word) for word in words + (["--output_dir", str(tmp_path / "o")]
+                                                                   if "--output_dir" not in words else [])]
+                                   for words, _ in cases]))
+    result = run([python, driver, listing])
+    ends = [json.loads(line[5:]) for line in result.stdout.splitlines() if line.startswith("CASE ")]
+    assert len(ends) == len(cases), result.stderr[-3000:]
+    for (words, expected), (code, error) in zip(cases, ends):
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert code == 1 and len(lines) == 1 and "Traceback" not in error, (words, error)
+        assert all(word in lines[0] for word in expected), lines[0]
+    after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file() and "logs" not in path.parts}
+    assert after == before
