@@ -2,11 +2,16 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-if [ -x "$ROOT/.venv/bin/python" ]; then
-  PYTHON="$ROOT/.venv/bin/python"
-else
-  PYTHON="${PYTHON:-$(command -v python || command -v python3 || true)}"
+# PYTHON, where it is set, wins over .venv, and that over the one on the PATH.
+if [ -z "${PYTHON:-}" ]; then
+  if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON="$ROOT/.venv/bin/python"; else PYTHON="$(command -v python3 || command -v python || true)"; fi
 fi
+
+need_packages() { # stop with one line where the requirements are not installed
+  "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "diffusers", "accelerate"))))' 2>/dev/null || {
+    echo "error: '$PYTHON' has no torch, diffusers or accelerate: pip install -r requirements.txt, or make .venv with" \
+         "bash scripts/quickstart.sh" >&2; exit 1; }
+}
 
 say() { printf '\n== %s\n' "$*"; }
 

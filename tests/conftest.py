@@ -43,7 +43,7 @@ def pairs_dir(tmp_path_factory) -> Path:
 def run(command: list, expect: int | None = 0, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
     """Run a program from the project's root; assert its exit code and return it with its output as text."""
     result = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+                            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable} | environment)
     if expect is not None:
         assert result.returncode == expect, f"exit {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     return result

@@ -6,6 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
+need_packages
 preset="$1"; shift
 gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
 processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
