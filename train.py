@@ -19,16 +19,18 @@ import training.spo
 from losses import preference_loss
 from training.arguments import TrainArguments, parse_arguments
 from training.checkpoints import (find_checkpoint, load_checkpoint, register_hooks, save_checkpoint,
-                                  save_result, write_run_file)
+                                  read_progress, save_result, write_run_file)
 from training.cached_dataset import CachedDataset, check_cache
 from training.data import PairDataset, choose_pairs, load_table, make_loader
 from training.diffusion import noisy_batch, predict, predict_reference
 from training.errors import run_program
+from training.guards import Guards
 from training.hub import push
 from training.launch import COMPUTE_DTYPES, gradient_norm, identify_run, start_accelerator, tracker_config
 from training.logs import StepScalars, Throughput, peak_memory_gb
 from training.models import (load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler)
 from training.optimizers import effective_learning_rate, make_optimizer, make_schedule, optimizer_name
+from training.signals import StopSignal
 from training.spo_arguments import SPOArguments
 from training.validation import validate
 
@@ -57,7 +59,7 @@ def summary(args: TrainArguments, accelerator: Accelerator, pairs, lr: float, ma
     return "\n".join(f"  {name:<10} {text}" for name, text in lines.items())
 
 
-def train(args: TrainArguments, accelerator: Accelerator) -> None:
+def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> None:
     # 1. This process, and the run it belongs to.
     device, main_process = accelerator.device, accelerator.is_main_process
     compute_dtype = COMPUTE_DTYPES[args.mixed_precision]
@@ -92,13 +94,15 @@ def train(args: TrainArguments, accelerator: Accelerator) -> None:
     register_hooks(accelerator, lora=args.lora_rank > 0)
     checkpoint = find_checkpoint(args, accelerator)
     first_step = load_checkpoint(accelerator, lr_scheduler, checkpoint, args) if checkpoint else 0
+    record = read_progress(checkpoint)["record"] if checkpoint else {}
+    guards = Guards(accelerator, args, dataset, stop, pairs_per_step, first_step, record)
     if main_process:
         accelerator.init_trackers(args.tracker_project_name, tracker_config(args))
         print(f"Training\n{summary(args, accelerator, pairs, lr, max_steps)}", flush=True)
         if checkpoint:
             print(f"  resuming   {checkpoint}, after step {first_step}", flush=True)
     loader = make_loader(dataset, args, accelerator.process_index, accelerator.num_processes, first_step, max_steps,
-                         pin_memory=device.type == "cuda")
+                         pin_memory=device.type == "cuda", pairs_seen=guards.pairs_seen)
     micro_batches = iter(loader)
 
     # 6. The loop: one optimizer step a turn.
@@ -108,7 +112,7 @@ def train(args: TrainArguments, accelerator: Accelerator) -> None:
                disable=not accelerator.is_local_main_process, dynamic_ncols=True)
     for step in bar:
         for _ in range(args.gradient_accumulation_steps):
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(micro_batches).items()}
+            batch = guards.receive(next(micro_batches))
             with accelerator.accumulate(policy):
                 inputs = noisy_batch(batch, models, args)
                 with accelerator.autocast():
@@ -116,22 +120,27 @@ def train(args: TrainArguments, accelerator: Accelerator) -> None:
                 result = preference_loss(predict(policy, inputs), ref_pred, inputs.target, loss_config)
                 accelerator.backward(result.loss)
                 scalars.add(result.logs)
-        grad_norm = gradient_norm(accelerator, policy, trainable, args)
-        optimizer.step()
-        if not accelerator.optimizer_step_was_skipped:
-            lr_scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+                guards.note(inputs.timesteps, result)
         done = step + 1
+        grad_norm = gradient_norm(accelerator, policy, trainable, args)
+        logs = scalars.reduce(accelerator, grad_norm=grad_norm, **guards.flags())
+        finite = guards.settle_together(done, logs)
+        take_step(accelerator, optimizer, lr_scheduler, finite)
 
-        logs = scalars.reduce(accelerator, grad_norm=grad_norm)
         logs |= {"lr": lr_scheduler.get_last_lr()[0], "pairs_per_second": throughput(),
                  "peak_memory_gb": peak_memory_gb(device)}
         accelerator.log(logs, step=done)
         bar.set_postfix(shown_in_bar(logs))
 
         if args.checkpointing_steps and done % args.checkpointing_steps == 0 and done < max_steps:
-            save_checkpoint(accelerator, policy, lr_scheduler, done, args)
+            save_checkpoint(accelerator, policy, lr_scheduler, done, args, record=guards.record())
             saved_step = done
+        stop_at = guards.stop_after(done)
+        if stop_at is not None and (stop_at < max_steps or not finite):
+            if saved_step != stop_at:
+                save_checkpoint(accelerator, policy, lr_scheduler, stop_at, args, record=guards.record(done - stop_at))
+            accelerator.end_training()
+            return guards.end_run(Path(args.output_dir, f"checkpoint-{stop_at}"))
         if args.validation_prompts and (done % args.validation_steps == 0 or done == max_steps):
             if main_process:
                 validate(models, unwrapped, args, accelerator, done)
@@ -139,13 +148,24 @@ def train(args: TrainArguments, accelerator: Accelerator) -> None:
 
     # 7. The result: a last checkpoint, unet.pth, and a pipeline that diffusers opens.
     if saved_step < max_steps:
-        save_checkpoint(accelerator, policy, lr_scheduler, max_steps, args)
+        save_checkpoint(accelerator, policy, lr_scheduler, max_steps, args, record=guards.record())
     save_result(accelerator, policy, args)
     accelerator.end_training()
     if main_process:
         print(f"Done: {Path(args.output_dir, 'unet.pth')} and a diffusers pipeline in {args.output_dir}", flush=True)
         if args.push_to_hub:
             print(f"Published at {push(args)}", flush=True)
+
+
+def take_step(accelerator: Accelerator, optimizer, lr_scheduler, finite: bool) -> None:
+    """One step of optimizer and schedule; without a finite loss and gradient none, and both stay as they are."""
+    if finite:
+        optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the scaler has adapted
+            lr_scheduler.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()  # it has seen these gradients, and is told that they are gone
+    optimizer.zero_grad(set_to_none=True)
 
 
 def shown_in_bar(logs: dict[str, float]) -> dict[str, str]:
@@ -158,11 +178,12 @@ def main() -> None:
     for library in (datasets, diffusers.utils.logging, transformers.utils.logging):
         (getattr(library, "disable_progress_bar", None) or library.disable_progress_bars)()  # ours is the run's
     args, spo = parse_arguments(None, SPOArguments)
-    accelerator = start_accelerator(args)
+    accelerator = start_accelerator(args, args.process_timeout)
     if args.train_method == "spo":  # online: it samples its pairs itself, from prompts
         training.spo.train(args, spo, accelerator)
     else:
-        train(args, accelerator)
+        with StopSignal() as stop:
+            train(args, accelerator, stop)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from training.arguments import TrainArguments, parse_arguments
+from training.bad_data import BadPair, decode_images, read_row, usable_captions
 from training.cached_dataset import MANIFEST, PROMPTS, ROWS, SETTINGS, cache_settings, read_json
 from training.checkpoints import sync, write_whole
 from training.data import choose_pairs, column_values, load_table, tokenize
 from training.diffusion import encode_moments, encode_prompts
 from training.errors import UserError, run_program
-from training.images import BadImage, cut_square, decode_image, image_bytes, scale_pixels
+from training.images import cut_square, scale_pixels
 from training.launch import COMPUTE_DTYPES, start_accelerator
 from training.models import Models, load_frozen_encoders, load_tokenizers_and_scheduler
 
@@ -57,10 +58,10 @@ class ImageRows(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int) -> dict:
         try:
-            cells = self.table[row]
-            pixels = [cut_square(decode_image(image_bytes(cells[name])), self.resolution) for name in self.columns]
+            images = decode_images(read_row(self.table, row), self.columns)
+            pixels = [cut_square(image, self.resolution) for image in images]
             return {"row": row, "pixels": torch.stack(pixels), "fault": ""}
-        except BadImage as error:
+        except BadPair as error:
             size = (len(self.columns), 3, self.resolution, self.resolution)
             return {"row": row, "pixels": torch.zeros(size, dtype=torch.uint8), "fault": str(error)}
 
@@ -165,7 +166,7 @@ def make_cache(args: TrainArguments, options: CacheArguments, accelerator: Accel
         claim_folder(folder, settings)
     accelerator.wait_for_everyone()
 
-    captions = [caption or "" for caption in column_values(table, args.caption_column)]
+    captions = usable_captions(column_values(table, args.caption_column))
     prompts = list(dict.fromkeys(["", *captions]))
     if accelerator.is_main_process:
         print(f"Caching {len(table)} rows and {len(prompts)} prompts into {folder}", flush=True)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from training.arguments import TrainArguments
+from training.bad_data import BadPair
 from training.errors import UserError, first_line
-from training.images import BadImage
 from training.models import Models, load_frozen_encoders
 
 SETTINGS, MANIFEST, PROMPTS, ROWS = "settings.json", "manifest.json", "prompts.json", "rows"
@@ -119,10 +119,10 @@ class CachedDataset:
     def moments(self, row: int, images: list[int], flipped: list[bool]) -> Tensor:
         """The VAE's mean and log-variance of the given images of a row, each flipped or not: (k, 2C, h, w).
 
-        Raises BadImage, as decoding would, for a row whose images could not be read.
+        Raises BadPair, as decoding would, for a row whose images cannot be used.
         """
         if row in self.faults:
-            raise BadImage(self.faults[row])
+            raise BadPair(*self.faults[row].split(": ", 1))
         shard, number = divmod(row, self.pairs_per_shard)
         file = _open_shard(str(self.folder / f"pairs-{shard:05}.safetensors"), os.getpid())
         stored = file.get_slice("moments")

@@ -3,7 +3,7 @@
     OUTPUT_DIR/checkpoint-STEP/
         unet.pth                            float32 state dict of the policy (or pytorch_lora_weights.safetensors)
         optimizer.bin, random_states_N.pkl  what resuming needs, as accelerate writes it (FSDP, DeepSpeed: their shards)
-        progress.json                       step, learning-rate schedule, and the settings the run was made with
+        progress.json                       step, learning-rate schedule, counts, the settings the run was made with
         manifest.json                       size and SHA-256 of every file above
 """
 
@@ -12,14 +12,17 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from training.arguments import TrainArguments, warn
@@ -75,31 +78,58 @@ def digest(path: Path) -> str:
 
 def write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {}
-    for path in files:
+
+    def describe(path: Path) -> dict:
         sync(path)
-        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+        return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+    with ThreadPoolExecutor() as pool:
+        entries = dict(zip((path.relative_to(folder).as_posix() for path in files), pool.map(describe, files)))
     write_whole(folder / MANIFEST, json.dumps(entries, indent=1))
     sync(folder)
 
 
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every file of its manifest is there with its digest."""
+
+    def file_fault(name: str) -> str | None:
+        path, entry = folder / name, entries[name]
+        if folder.resolve() not in path.resolve().parents:
+            return f"{MANIFEST} names {name!r}, which lies outside the checkpoint"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        return f"{name} is damaged" if digest(path) != entry["sha256"] else None
+
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, entry in entries.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            if digest(path) != entry["sha256"]:
-                return f"{name} is damaged"
+        with ThreadPoolExecutor() as pool:
+            problem = next(filter(None, pool.map(file_fault, entries)), None)
+        if problem is None:
+            problem = None if PROGRESS in entries else f"{PROGRESS} is missing"
+        if problem is None:
+            read_progress(folder)
+        return problem
     except FileNotFoundError:
         return f"{MANIFEST} is missing: it was not written to its end"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UserError as error:
+        return str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} is damaged ({first_line(error)})"
-    return None if PROGRESS in entries else f"{PROGRESS} is missing"
+
+
+def read_progress(folder: Path) -> dict:
+    """A checkpoint's progress.json: step, lr_scheduler, settings, and `record`, what the caller of save_checkpoint
+    wanted kept. Raises UserError."""
+    try:
+        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        kinds = {"step": int, "lr_scheduler": dict, "settings": dict, "record": dict}
+        if all(type(progress[name]) is kind for name, kind in kinds.items()) and progress["step"] >= 0:
+            return progress
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{folder / PROGRESS} is damaged")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -111,10 +141,15 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 # --- settings of a run ---------------------------------------------------------------------------------------------
 
+def as_json(value) -> dict:
+    """What `value` is once it was written and read again."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def run_settings(args, accelerator: Accelerator) -> dict:
     """What identifies a run: every option that matters, and how many processes share the batch."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
-    return settings | {"num_processes": accelerator.num_processes}
+    return as_json(settings | {"num_processes": accelerator.num_processes})
 
 
 def changed_settings(before: dict, now: dict) -> list[str]:
@@ -122,39 +157,81 @@ def changed_settings(before: dict, now: dict) -> list[str]:
             if before.get(name) != now.get(name)]
 
 
+def settings_of_run(output_dir: Path) -> dict | None:
+    """The settings that the run in output_dir was made with; None where there is none, or its record is damaged."""
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints and not (output_dir / "unet.pth").is_file():
+        return None
+    try:
+        settings = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+        if isinstance(settings, dict):
+            return settings
+    except (OSError, ValueError, RecursionError):
+        pass
+    warn(f"{output_dir / RUN_FILE} is missing or damaged; it is written anew")
+    for folder in reversed(checkpoints):
+        try:
+            return read_progress(folder)["settings"]
+        except UserError:
+            continue
+    return None
+
+
 def claim_output_dir(args, accelerator: Accelerator) -> None:
     """Make output_dir this run's, or refuse: it holds another run's checkpoints or result. Raises UserError."""
     output_dir = Path(args.output_dir)
-    run_file = output_dir / RUN_FILE
-    settings = run_settings(args, accelerator)
-    if run_file.is_file() and (list_checkpoints(output_dir) or (output_dir / "unet.pth").is_file()):
-        try:
-            before = json.loads(run_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            before = None
-            warn(f"{run_file} is damaged; it is written anew")
-        if isinstance(before, dict) and not args.allow_changed_resume:
-            # The seed of a run started without --seed is drawn once and stays with it.
-            changes = [c for c in changed_settings(before, settings) if args.seed is not None or not c.startswith("seed ")]
-            if changes:
-                raise UserError(f"{output_dir} holds a different run ({'; '.join(changes)}): choose another "
-                                "--output_dir, or continue it changed with --allow_changed_resume")
-        if args.seed is None and isinstance(before, dict):
-            args.seed = before.get("seed")
+    before = settings_of_run(output_dir)
+    if before is None:
+        return
+    if args.seed is None and isinstance(before.get("seed"), int):
+        args.seed = before["seed"]  # drawn once, when the run began
+    changes = changed_settings(before, run_settings(args, accelerator))
+    if changes and not args.allow_changed_resume:
+        raise UserError(f"{output_dir} holds a different run ({'; '.join(changes)}): choose another "
+                        "--output_dir, or continue it changed with --allow_changed_resume")
 
 
 def write_run_file(args, accelerator: Accelerator) -> None:
+    """Create output_dir and its run.json; every process must call this. Raises UserError, on all alike."""
+    output_dir, problem = Path(args.output_dir), None
     if accelerator.is_main_process:
         try:
-            output_dir = Path(args.output_dir)
             output_dir.mkdir(parents=True, exist_ok=True)
-            write_whole(output_dir / RUN_FILE, json.dumps(run_settings(args, accelerator), indent=1, default=str))
+            write_whole(output_dir / RUN_FILE, json.dumps(run_settings(args, accelerator), indent=1))
         except OSError as error:
-            raise UserError(f"cannot write to --output_dir {args.output_dir}: {error.strerror}") from None
-    accelerator.wait_for_everyone()
+            problem = f"cannot write to --output_dir {args.output_dir}: {error.strerror}"
+    raise_together(accelerator, problem)
 
 
 # --- saving and loading --------------------------------------------------------------------------------------------
+
+def raise_together(accelerator: Accelerator, problem: str | None) -> None:
+    """Raise UserError on every process when one had a problem, so that none waits for it. Every process must call this."""
+    problems = [problem for problem in gather_object([problem]) if problem]
+    if problems:
+        raise UserError(problems[0])
+
+
+def write_fault(error: Exception, folder: Path) -> str:
+    """Why a file could not be written, in one line: torch names a full disk only as a failed write."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    if shutil.disk_usage(existing).free < 2**20 or "No space left" in str(error):
+        return "No space left on device"
+    return first_line(error)[:200]
+
+
+@contextmanager
+def writing(accelerator: Accelerator, what: str, output_dir: Path):
+    """Where a process cannot write, all raise UserError at the block's end. Collectives inside are for sharded runs."""
+    problem = None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = (f"cannot write {what}: {write_fault(error, output_dir)}. What was saved before it "
+                   "is intact: make room, or name another --output_dir, then run the same command again")
+    raise_together(accelerator, problem)
 
 def sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -205,87 +282,165 @@ def register_hooks(accelerator: Accelerator, lora: bool, weights_file: str = "un
 
 
 def save_checkpoint(accelerator: Accelerator, policy, lr_scheduler, step: int, args,
-                    weights_file: str = "unet.pth") -> Path:
-    """Write OUTPUT_DIR/checkpoint-STEP; every process must call this. Older ones beyond the limit go afterwards."""
+                    weights_file: str = "unet.pth", record: dict | None = None) -> Path:
+    """Write OUTPUT_DIR/checkpoint-STEP; every process must call this. `record` goes into its progress.json.
+
+    Older ones beyond the limit go once the new one was read back. Raises UserError on every process when one cannot
+    write; the folder of checkpoints is then as it was.
+    """
     output_dir = Path(args.output_dir)
     final, aside = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(aside, safe_serialization=False)
-    save_policy(accelerator, policy, aside, lora=getattr(args, "lora_rank", 0) > 0, weights_file=weights_file)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        progress = {"step": step, "lr_scheduler": lr_scheduler.state_dict(), "settings": run_settings(args, accelerator)}
-        write_whole(aside / PROGRESS, json.dumps(progress, default=str))
-        write_manifest(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        sync(output_dir)
-        if args.checkpoints_total_limit and fault(final) is None:
-            for old in list_checkpoints(output_dir)[:-args.checkpoints_total_limit]:
-                shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    with writing(accelerator, str(final), output_dir):
+        if accelerator.is_main_process:
+            remove_leftovers(output_dir)
+            aside.mkdir(parents=True)
+    try:
+        with writing(accelerator, str(final), output_dir):
+            accelerator.save_state(aside, safe_serialization=False)
+            save_policy(accelerator, policy, aside, lora=args.lora_rank > 0, weights_file=weights_file)
+        with writing(accelerator, str(final), output_dir):
+            if accelerator.is_main_process:
+                progress = {"step": step, "lr_scheduler": lr_scheduler.state_dict(), "record": record or {},
+                            "settings": run_settings(args, accelerator)}
+                write_whole(aside / PROGRESS, json.dumps(progress, default=str))
+                write_manifest(aside)
+                put_in_place(aside, final)
+                if args.checkpoints_total_limit:
+                    remove_older(final, step, args.checkpoints_total_limit)
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
     return final
 
 
+def put_in_place(aside: Path, final: Path) -> None:
+    """Rename the finished folder; one of the same step, if it is there, makes way only then."""
+    if final.exists():
+        final.rename(final.with_name(f".{final.name}.old"))
+    aside.rename(final)
+    sync(final.parent)
+    remove_leftovers(final.parent)
+
+
+def remove_older(newest: Path, step: int, limit: int) -> None:
+    """Keep `limit` checkpoints, the newest included, once its files have been read back as they were written."""
+    problem = fault(newest)
+    if problem:
+        raise OSError(f"{newest} reads back damaged ({problem})")
+    older = [path for path in list_checkpoints(newest.parent) if int(path.name.split("-")[1]) < step]
+    for path in older[:max(len(older) - limit + 1, 0)]:
+        path.rename(path.with_name(f".{path.name}.old"))  # so that no half-deleted folder looks like a checkpoint
+    remove_leftovers(newest.parent)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """What a killed process left of a checkpoint that it was writing or removing."""
+    for pattern in (".checkpoint-*.partial", ".checkpoint-*.old"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def find_checkpoint(args, accelerator: Accelerator) -> Path | None:
-    """The checkpoint to resume: the named one, or the newest good one; None starts anew. Raises UserError."""
-    wanted = (args.resume_from_checkpoint or "none").strip()
-    if wanted.lower() in ("none", ""):
+    """The checkpoint to resume: the named one, or the newest good one; None starts anew. Every process must call this,
+    the main one looks. Raises UserError, on all alike."""
+    found, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            found = choose_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+        except UserError as error:
+            problem = str(error)
+    found, problem = broadcast_object_list([found, problem])
+    if problem:
+        raise UserError(problem)
+    return found
+
+
+def choose_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
+    wanted = (wanted or "none").strip()
+    if wanted.lower() == "none" or not wanted:
         return None
     if wanted != "latest":
-        folder = Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir) / wanted
+        folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
         if not folder.is_dir():
-            raise UserError(f"--resume_from_checkpoint {wanted}: no such folder, here or in {args.output_dir}")
+            raise UserError(f"--resume_from_checkpoint {wanted}: no such folder, here or in {output_dir}")
         problem = fault(folder)
         if problem:
             raise UserError(f"--resume_from_checkpoint {folder} cannot be used: {problem}")
         return folder
-    for folder in reversed(list_checkpoints(Path(args.output_dir))):
+    folders = list_checkpoints(output_dir)
+    for folder in reversed(folders):
         problem = fault(folder)
         if problem is None:
             return folder
-        if accelerator.is_main_process:
-            warn(f"{folder} is passed over: {problem}")
+        warn(f"{folder} is passed over: {problem}")
+    if folders:
+        raise UserError(f"none of the {len(folders)} checkpoints in {output_dir} can be used: name another --output_dir, or "
+                        "start anew with --resume_from_checkpoint none")
     return None
 
 
+def refuse_pickles(folder: Path, accelerator: Accelerator, args) -> None:
+    """Refuse what would run code when loaded. Raises UserError.
+
+    accelerate unpickles the states of registered objects, and so do the sharded formats of torch and DeepSpeed: the
+    former are tried without running anything, the latter are taken from the run's own folder alone.
+    """
+    for path in sorted(folder.glob("custom_checkpoint_*.pkl")):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:
+            raise UserError(f"{path} is damaged or asks to run code when loaded: it was refused, nothing in it was "
+                            "executed") from None
+    if sharded(accelerator) and folder.resolve().parent != Path(args.output_dir).resolve():
+        raise UserError(f"{folder} is a sharded checkpoint, a format that can run code when loaded: if you trust it, "
+                        f"move it into --output_dir {args.output_dir}")
+
+
 def load_checkpoint(accelerator: Accelerator, lr_scheduler, folder: Path, args) -> int:
-    """Continue from `folder`: weights, optimizer, schedule and random states. Returns its step. Raises UserError."""
-    progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    changes = changed_settings(progress["settings"], json.loads(json.dumps(run_settings(args, accelerator), default=str)))
+    """Continue from `folder`: weights, optimizer, schedule and random states. Returns its step. Raises UserError.
+
+    With --allow_changed_resume the optimizer keeps its moments and takes the new settings' rates.
+    """
+    progress = read_progress(folder)
+    changes = changed_settings(progress["settings"], run_settings(args, accelerator))
     if changes and not args.allow_changed_resume:
         raise UserError(f"{folder} was made with other settings ({'; '.join(changes)}): go back to those, choose "
                         "another --output_dir, or add --allow_changed_resume")
+    refuse_pickles(folder, accelerator, args)
+    groups = lr_scheduler.optimizer.param_groups
+    chosen = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     try:
         accelerator.load_state(folder)
+        if not changes:
+            lr_scheduler.load_state_dict(progress["lr_scheduler"])
+        else:
+            lr_scheduler.last_epoch = progress["lr_scheduler"]["last_epoch"]
+            for group, settings, lr in zip(lr_scheduler.optimizer.param_groups, chosen, lr_scheduler.get_lr()):
+                group.update(settings, lr=lr)
     except UserError:
         raise
     except Exception as error:  # torch, accelerate and the optimizers raise many kinds for a state that does not fit
         raise UserError(f"{folder} cannot be resumed: {type(error).__name__}: {first_line(error)[:300]}") from None
-    lr_scheduler.load_state_dict(progress["lr_scheduler"])
     return progress["step"]
 
 
 # --- the end of a run ----------------------------------------------------------------------------------------------
 
 def save_result(accelerator: Accelerator, policy, args: TrainArguments) -> None:
-    """unet.pth and a full diffusers pipeline in output_dir (LoRA: merged, and the LoRA weights beside it)."""
+    """unet.pth and a full diffusers pipeline in output_dir (LoRA: merged, and the LoRA weights beside it). Every
+    process must call this. Raises UserError on all alike."""
     output_dir = Path(args.output_dir)
-    if args.lora_rank and accelerator.is_main_process:
-        unet = accelerator.unwrap_model(policy)
-        StableDiffusionPipeline.save_lora_weights(output_dir, unet_lora_layers=lora_state(unet))
-        unet.float().fuse_lora()
-        unet.unload_lora()
-        state = {key: value.detach().cpu().contiguous() for key, value in unet.state_dict().items()}
-    elif not args.lora_rank:
-        state = policy_state(accelerator, policy)
-    if accelerator.is_main_process:
-        save_weights(output_dir / "unet.pth", state)
-        save_pipeline(output_dir, state, args)
-    accelerator.wait_for_everyone()
+    state = None if args.lora_rank else policy_state(accelerator, policy)
+    with writing(accelerator, f"the result into {output_dir}", output_dir):
+        if args.lora_rank and accelerator.is_main_process:
+            unet = accelerator.unwrap_model(policy)
+            StableDiffusionPipeline.save_lora_weights(output_dir, unet_lora_layers=lora_state(unet))
+            unet.float().fuse_lora()
+            unet.unload_lora()
+            state = {key: value.detach().cpu().contiguous() for key, value in unet.state_dict().items()}
+        if accelerator.is_main_process:
+            save_weights(output_dir / "unet.pth", state)
+            save_pipeline(output_dir, state, args)
 
 
 def save_pipeline(folder: Path, state: dict[str, torch.Tensor], args: TrainArguments) -> None:

@@ -1,5 +1,6 @@
 """Preference pairs: loading, choosing and labelling them, and turning one into tensors."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from training.arguments import TrainArguments
+from training.bad_data import BadPair, decode_images, read_caption, read_row
 from training.cached_dataset import CachedDataset
-from training.draws import PairStream, draw_pair
+from training.draws import PairDraw, PairStream, draw_pair
 from training.errors import UserError, first_line
-from training.images import cut_square, decode_image, image_bytes
+from training.images import cut_square
+from training.signals import leave_terminal
 
-PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0")
+MAX_PASSED_OVER = 100  # bad pairs in a row, after which there is little hope for a good one
+MAX_CAPTION_CHARACTERS = 20_000  # 77 tokens never reach so far, and tokenizing a whole book takes seconds
 
 
 # --- loading -----------------------------------------------------------------------------------------------------------
@@ -48,8 +52,16 @@ def load_table(args: TrainArguments) -> datasets.Dataset:
 
 
 def column_values(table: datasets.Dataset, name: str) -> np.ndarray:
-    """A whole column without reading the others (the images)."""
-    return np.array(table.select_columns(name).with_format("arrow")[:][name].to_pylist(), dtype=object)
+    """A whole column without reading the others (the images). Bytes that are not UTF-8 become lone surrogates."""
+    column = table.select_columns(name).with_format("arrow")[:][name]
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        values = [value if value is None else value.decode("utf-8", "surrogateescape")
+                  for value in column.cast("large_binary").to_pylist()]
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
 
 
 @dataclass
@@ -66,6 +78,11 @@ class PairTable:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def digest(self) -> str:
+        """Identity of the choice: which rows of how many, and who wins."""
+        content = len(self.rows).to_bytes(8, "big") + self.index.tobytes() + self.first_wins.tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
 
 
 def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
@@ -93,7 +110,10 @@ def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
     if single is None:
         labels = column_values(table, "label_0") if labels is None else labels
         unlabelled = np.array([label is None or label != label for label in labels], dtype=bool)
-        values = np.array([0.5 if bad else label for label, bad in zip(labels, unlabelled)], dtype=np.float64)
+        try:
+            values = np.array([0.5 if bad else label for label, bad in zip(labels, unlabelled)], dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{source}: label_0 must be 0, 0.5 or 1 ({first_line(error)})") from None
         odd = np.flatnonzero(~np.isin(values, (0.0, 0.5, 1.0)))
         if len(odd):
             raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, but row {odd[0]} has {labels[odd[0]]} "
@@ -123,8 +143,11 @@ def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
 class PairDataset(torch.utils.data.Dataset):
     """(position, index) -> one pair as tensors: everything that the training step needs and that is random about it.
 
+    A pair that cannot be used is replaced by the next one that can; what is random belongs to the position and stays.
+    passed_over (): how many were.
+
     pixel_values (2, 3, H, W) uint8, winner first (sft: (1, ...)); timestep () in [0, 1); noise (C, h, w);
-    vae_noise (2, C, h, w); input_ids.N (77,) for each tokenizer; position ().
+    vae_noise (2, C, h, w); input_ids.N (77,) for each tokenizer; position (), index ().
     With a cache, in place of pixel_values and input_ids: moments (2, 2C, h, w), embeddings (77, D), pooled (P,).
     """
 
@@ -137,31 +160,63 @@ class PairDataset(torch.utils.data.Dataset):
         return len(self.pairs)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Raises UserError after MAX_PASSED_OVER pairs in a row that cannot be used."""
         position, index = place
+        draw = self._draw(position)
+        for passed_over in range(min(len(self), MAX_PASSED_OVER)):
+            try:
+                pair = self.read((index + passed_over) % len(self), draw)
+            except BadPair as error:
+                last = error
+                continue
+            noise = draw.noise + self.args.noise_offset * draw.offset_noise if self.args.noise_offset else draw.noise
+            if draw.perturbation is not None:
+                pair["input_noise"] = noise + self.args.input_perturbation * draw.perturbation
+            return pair | {
+                "noise": noise,
+                "timestep": torch.tensor(draw.timestep, dtype=torch.float64),
+                "position": torch.tensor(position),
+                "index": torch.tensor(index),
+                "passed_over": torch.tensor(passed_over),
+            }
+        raise UserError(f"{passed_over + 1} pairs in a row cannot be used, from row {self.row(index)} on; the last one's "
+                        f"{last}. python -m training.check_data looks through all of them")
+
+    def _draw(self, position: int) -> PairDraw:
+        return draw_pair(self.seed, position, self.latent_shape, perturb=self.args.input_perturbation > 0)
+
+    def row(self, index: int) -> int:
+        """The table's row of a pair's index."""
+        return int(self.pairs.index[index % len(self)])
+
+    def faults(self, position: int, index: int, passed_over: int) -> list[dict]:
+        """Row, column and reason of the pairs that were passed over at a position."""
+        draw, faults = self._draw(position), []
+        for number in range(index, index + passed_over):
+            try:
+                self.read(number % len(self), draw)
+            except BadPair as error:
+                faults.append({"position": position, "row": self.row(number), "column": error.column,
+                               "reason": error.reason, "replaced_by": self.row(index + passed_over)})
+        return faults
+
+    def read(self, index: int, draw: PairDraw) -> dict[str, torch.Tensor]:
+        """A pair's images and caption as they go into the step. Raises BadPair."""
         args = self.args
-        draw = draw_pair(self.seed, position, self.latent_shape, perturb=args.input_perturbation > 0)
-        number = int(self.pairs.index[index])
-        row = self.pairs.rows[number]
+        row = read_row(self.pairs.rows, self.row(index))
+        caption = read_caption(row, self.pairs.caption_column)
+        caption = "" if draw.drop_prompt < args.proportion_empty_prompts else caption
         members = [0, 1] if self.pairs.first_wins[index] else [1, 0]  # of the image columns, winner first
         members = members[:1] if args.train_method == "sft" else members
         uniform = draw.flip[[0, 0]] if args.paired_hflip else draw.flip
         flips = [not args.no_hflip and bool(uniform[i] < 0.5) for i in range(len(members))]
-        caption = "" if draw.drop_prompt < args.proportion_empty_prompts else row[self.pairs.caption_column] or ""
-        noise = draw.noise + args.noise_offset * draw.offset_noise if args.noise_offset else draw.noise
-        item = {
-            "vae_noise": draw.vae_noise[:len(members)],
-            "noise": noise,
-            "timestep": torch.tensor(draw.timestep, dtype=torch.float64),
-            "position": torch.tensor(position),
-        }
-        if draw.perturbation is not None:
-            item["input_noise"] = noise + args.input_perturbation * draw.perturbation
+        item = {"vae_noise": draw.vae_noise[:len(members)]}
         if self.cache is not None:
-            return item | {"moments": self.cache.moments(number, members, flips)} | self.cache.prompt(caption)
+            return item | {"moments": self.cache.moments(self.row(index), members, flips)} | self.cache.prompt(caption)
         crops = draw.crop if args.random_crop else [None, None]
-        columns = [self.pairs.image_columns[member] for member in members]
-        item["pixel_values"] = torch.stack([cut_square(decode_image(image_bytes(row[column])), args.resolution, crop, flip)
-                                            for column, crop, flip in zip(columns, crops, flips)])
+        images = decode_images(row, [self.pairs.image_columns[member] for member in members])
+        item["pixel_values"] = torch.stack([cut_square(image, args.resolution, crop, flip)
+                                            for image, crop, flip in zip(images, crops, flips)])
         for number, tokenizer in enumerate(self.tokenizers):
             item[f"input_ids.{number}"] = tokenize(tokenizer, [caption])[0]
         return item
@@ -169,17 +224,24 @@ class PairDataset(torch.utils.data.Dataset):
 
 def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
     """(N, 77) token ids, padded and truncated."""
+    captions = [caption[:MAX_CAPTION_CHARACTERS] for caption in captions]
     return tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
                      return_tensors="pt").input_ids
 
 
 def make_loader(dataset: PairDataset, args: TrainArguments, rank: int, world_size: int, first_step: int,
-                last_step: int, pin_memory: bool) -> DataLoader:
-    """Micro-batches for the optimizer steps first_step..last_step-1 of this process, pairs stacked: (B, ...)."""
+                last_step: int, pin_memory: bool, pairs_seen: int | None = None) -> DataLoader:
+    """Micro-batches for the optimizer steps first_step..last_step-1 of this process, pairs stacked: (B, ...).
+
+    pairs_seen: the position at which first_step begins, where the steps before it had another size.
+    """
     accumulation = args.gradient_accumulation_steps
     stream = PairStream(len(dataset), args.train_batch_size, rank, world_size, dataset.seed,
                         shuffle=args.split == "train", first_micro_step=first_step * accumulation,
                         last_micro_step=last_step * accumulation)
+    if pairs_seen is not None:
+        stream.origin = pairs_seen - first_step * accumulation * world_size * args.train_batch_size
     workers = args.dataloader_num_workers
     return DataLoader(dataset, batch_sampler=stream, num_workers=workers, pin_memory=pin_memory,
-                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
+                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+                      worker_init_fn=leave_terminal)

@@ -56,7 +56,7 @@ def epoch_order(num_pairs: int, seed: int, epoch: int, shuffle: bool) -> np.ndar
 class PairStream(torch.utils.data.Sampler):
     """Batches of (position, index) for one process, from a stream that runs through epoch after epoch.
 
-    At micro-step m process r takes positions m * world * batch + r * batch ... + batch - 1. No pair is dropped at an
+    At micro-step m process r takes positions origin + m * world * batch + r * batch ... + batch - 1. No pair is dropped at an
     epoch's end: a batch may hold the last of one epoch and the first of the next.
     """
 
@@ -65,6 +65,7 @@ class PairStream(torch.utils.data.Sampler):
         self.num_pairs, self.batch_size, self.seed, self.shuffle = num_pairs, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.micro_steps = range(first_micro_step, last_micro_step)
+        self.origin = 0  # not 0 where a run was resumed with another batch
 
     def __len__(self) -> int:
         return len(self.micro_steps)
@@ -72,7 +73,7 @@ class PairStream(torch.utils.data.Sampler):
     def __iter__(self):
         epoch, order = -1, None
         for micro_step in self.micro_steps:
-            first = (micro_step * self.world_size + self.rank) * self.batch_size
+            first = self.origin + (micro_step * self.world_size + self.rank) * self.batch_size
             batch = []
             for position in range(first, first + self.batch_size):
                 if position // self.num_pairs != epoch:

@@ -3,11 +3,12 @@
 import math
 import os
 import secrets
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
 from training.arguments import TrainArguments
 from training.checkpoints import claim_output_dir
@@ -17,8 +18,11 @@ from training.optimizers import clips_gradients
 COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def start_accelerator(args: TrainArguments) -> Accelerator:
-    """Devices, mixed precision and trackers, or one line that says what this machine lacks."""
+def start_accelerator(args: TrainArguments, process_timeout: float = 1800.0) -> Accelerator:
+    """Devices, mixed precision and trackers, or one line that says what this machine lacks.
+
+    process_timeout: seconds that a process waits for the others in a collective before the run ends.
+    """
     project = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir)))
     several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     try:
@@ -26,7 +30,8 @@ def start_accelerator(args: TrainArguments) -> Accelerator:
             cpu=several_on_cpu,  # else accelerate leaves each process on its own
             mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to, project_config=project,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                             InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout))])
     except (ValueError, ImportError) as error:
         raise UserError(f"accelerate cannot start with --mixed_precision {args.mixed_precision} --report_to "
                         f"{args.report_to}: {first_line(error)}") from None

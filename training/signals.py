@@ -1,0 +1,40 @@
+"""SIGTERM (preemption) and SIGINT (Ctrl-C) ask a run to stop at its next step; one more ends it at once."""
+
+import os
+import signal
+import time
+
+SAME_REQUEST_SECONDS = 1.0  # Ctrl-C reaches a process twice, from the terminal and from its launcher
+
+
+class StopSignal:
+    """Use as a context. `name` is None until a signal came, then "SIGTERM" or "SIGINT"."""
+
+    def __init__(self):
+        self.name: str | None = None
+        self.received_at = 0.0
+        self.previous = {}
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        if self.name is None:
+            self.name, self.received_at = signal.Signals(number).name, time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                message = f"\n{self.name}: stopping after this step with a checkpoint; once more ends the run at once\n"
+                os.write(2, message.encode())
+        elif time.monotonic() - self.received_at > SAME_REQUEST_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def leave_terminal(worker: int) -> None:
+    """For data workers: a process group of their own, so that Ctrl-C or a signal to the run's group does not kill them
+    before the step at which the run stops."""
+    os.setpgrp()
