@@ -105,7 +105,7 @@ def write_report(folder: str | Path, images: str = "auto") -> Path:
     labels = {metric: metric_class(metric).label for metric in pair_files}
     page = environment.get_template("report.html.j2").render(
         summary=summary, labels=labels, pairs=pairs,
-        data={"labelA": summary["pair"]["model_a"], "labelB": summary["pair"]["model_b"], "metrics": labels,
+        data={"labelA": summary["pair"]["model_a"], "labelB": summary["pair"]["model_b"], "metrics": list(labels.items()),
               "pairs": page_data(folder, pair_files, inline)})
     write_bytes(folder / "report.html", page.encode())
     return folder / "report.html"

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# generate.sh [eval.generate flags]: generate images on every GPU of this machine; prompt groups that --prompts names and
+# prompts/ lacks are built first. NUM_PROCESSES sets the number of processes.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+groups=(); reading=no
+for word in "$@"; do
+  case "$word" in
+    --prompts) groups=(); reading=yes ;;
+    --*) reading=no ;;
+    *) [ $reading = yes ] && groups+=("$word") ;;
+  esac
+done
+for group in "${groups[@]}"; do
+  case "$group" in papv2|hpsv2|partiprompts)
+    if [ ! -e "$ROOT/prompts/$group.json" ]; then
+      say "prompts/$group.json is missing: building it"
+      run "$PYTHON" -m prompts.build "$group"
+    fi ;;
+  esac
+done
+
+gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
+if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi
+say "generating on $gpus GPU(s), $processes process(es)"
+run "$PYTHON" -m accelerate.commands.launch --quiet --config_file "$ROOT/configs/accelerate/$config.yaml" \
+  --num_processes "$processes" --main_process_port 0 -m eval.generate "$@"
