@@ -118,7 +118,7 @@ def read_weights(path: Path) -> dict:
     """A torch file's content with weights_only (nothing in it is executed). Raises UserError when it is damaged or
     more than tensors."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is no file of weights (it asks to run code when loaded, or is damaged); it was "
                         "refused and nothing in it was executed") from None
