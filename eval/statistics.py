@@ -18,7 +18,7 @@ def win_rate_interval(winners: np.ndarray, prompts: list[str], count_ties: bool 
     """95% percentile-bootstrap interval of A's win rate, resampling prompts.
 
     winners: (N,) of +1 where A wins, -1 where B wins, 0 for a tie; prompts: the N pairs' prompts. A tie counts one
-    half, or not at all with count_ties False. Swapping A and B mirrors the interval exactly.
+    half, or not at all with count_ties False. Swapping A and B mirrors the interval.
     """
     net = by_prompt(winners, prompts)  # the win rate is 1/2 + net / (2 * count)
     count = by_prompt(np.ones(len(winners)) if count_ties else np.abs(winners), prompts)

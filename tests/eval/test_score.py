@@ -1,0 +1,153 @@
+"""Scoring manifests: one read an image, kept scores, the published lines, and what goes wrong."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eval import score
+from eval.metrics import load_metric
+from training.errors import UserError
+
+PROMPTS = ["a red cat", "a dog", "a dog", "naïve 東京", "a house"]
+
+
+def run(manifests, metrics_config, *more) -> int:
+    return score.main([str(word) for word in ("--manifests", *manifests, "--metrics_config", metrics_config, "--device",
+                                              "cpu", *more)])
+
+
+def kept(manifest: Path) -> dict:
+    return json.loads(manifest.with_name(f"{manifest.stem}_scores.json").read_text())
+
+
+def test_scores_lines_and_tables(make_manifest, metrics_config, capsys, tmp_path):
+    manifest = make_manifest("a", PROMPTS)
+    assert run([manifest], metrics_config, "--log_file", tmp_path / "joint_test_64.log", "--batch_size", 2) == 0
+    content = kept(manifest)
+    images = [Image.open(manifest.parent / image["gen_image_path"]) for image in content["images"]]
+    for name, label in (("pickscore", "PickScore"), ("hpsv2", "HPSv2"), ("aesthetics", "AesScore"),
+                        ("clip", "CLIPScore"), ("imagereward", "ImageReward")):
+        expected = load_metric(name, config=metrics_config).score(images, PROMPTS)
+        got = [image["scores"][name] for image in content["images"]]
+        assert got == pytest.approx(expected.tolist(), abs=1e-5)
+        mean = sum(got) / len(got)
+        assert content["metrics"][name]["mean"] == pytest.approx(mean)
+        log = (tmp_path / "joint_test_64.log").read_text()
+        assert f"FinalResults {label} for own : {mean:.4f}\n" in log
+        assert re.search(rf"^\| own +\| {label} +\| {re.escape(f'{mean:.4f}')} +\|$", log, re.MULTILINE)
+    assert re.search(r"^\| Prompt +\| Predictor +\| Score +\|$", log, re.MULTILINE)
+    assert log in capsys.readouterr().out
+
+
+def test_each_image_is_read_once_and_scored_once(make_manifest, metrics_config, monkeypatch):
+    manifest, reads, loads = make_manifest("a", PROMPTS), [], []
+    opened, load = Image.open, score.load_metric
+    monkeypatch.setattr(score.Image, "open", lambda *a: reads.append(a) or opened(*a))
+    monkeypatch.setattr(score, "load_metric", lambda *a: loads.append(a[0]) or load(*a))
+    run([manifest], metrics_config, "--metrics", "clip", "pickscore")
+    assert len(reads) == len(PROMPTS) and loads == ["clip", "pickscore"]
+    run([manifest], metrics_config, "--metrics", "clip", "pickscore")
+    assert len(reads) == len(PROMPTS) and loads == ["clip", "pickscore"]  # all kept: no decoding, no model
+    run([manifest], metrics_config, "--metrics", "aesthetics")
+    assert set(kept(manifest)["metrics"]) == {"clip", "pickscore", "aesthetics"}  # a subset leaves the others
+
+
+def test_kept_scores_follow_image_content_and_metric_version(make_manifest, metrics_config, monkeypatch):
+    manifest = make_manifest("a", PROMPTS)
+    run([manifest], metrics_config, "--metrics", "aesthetics")
+    before = kept(manifest)
+    image = manifest.parent / before["images"][3]["gen_image_path"]
+    Image.new("RGB", (64, 64), "red").save(image)
+    scored = []
+    monkeypatch.setattr(score, "score_images", lambda metric, images, size, of=score.score_images:
+                        scored.append(len(images)) or of(metric, images, size))
+    run([manifest], metrics_config, "--metrics", "aesthetics")
+    after = kept(manifest)
+    changed = [a["scores"] != b["scores"] for a, b in zip(before["images"], after["images"])]
+    assert changed == [False, False, False, True, False] and scored == [1]
+    monkeypatch.setattr("eval.metrics.aesthetics.Aesthetics.revision", 2)
+    run([manifest], metrics_config, "--metrics", "aesthetics")
+    assert scored == [1, 5]
+    manifest.with_name(f"{manifest.stem}_scores.json").write_text("{damaged")
+    assert run([manifest], metrics_config, "--metrics", "aesthetics") == 0
+
+
+def test_a_metric_without_weights_fails_alone(make_manifest, metrics_config, tmp_path, capsys):
+    config = tmp_path / "metrics.yaml"
+    folder = metrics_config.parent
+    config.write_text(metrics_config.read_text().replace("model: pickscore", "model: nobody/nothing")
+                      .replace(": aesthetics", f": {folder}/aesthetics").replace(": clip/", f": {folder}/clip/")
+                      .replace("processor: pickscore", f"processor: {folder}/pickscore"))
+    manifest = make_manifest("a", PROMPTS)
+    assert run([manifest], config, "--metrics", "pickscore", "aesthetics", "clip") == 1
+    captured = capsys.readouterr()
+    assert "error: pickscore was not scored" in captured.err and "failed" in captured.out
+    assert "FinalResults CLIPScore" in captured.out and "FinalResults PickScore" not in captured.out
+    assert set(kept(manifest)["metrics"]) == {"aesthetics", "clip"}
+
+
+def test_oracle_stands_beside_the_others(make_manifest, metrics_config, capsys):
+    manifest = make_manifest("a", ["a red circle on a blue background", "a green square on a white background"])
+    assert run([manifest], metrics_config, "--metrics", "aesthetics", "oracle") == 0
+    assert "FinalResults Oracle for own" in capsys.readouterr().out
+    other = make_manifest("b", ["no drawing at all"])
+    assert run([other], metrics_config, "--metrics", "aesthetics", "oracle") == 1  # it fails alone
+    assert set(kept(other)["metrics"]) == {"aesthetics"}
+
+
+def test_missing_and_unreadable_images_are_listed_and_counted(make_manifest, metrics_config, capsys):
+    manifest = make_manifest("a", PROMPTS)
+    folder = next(manifest.parent.glob("own*cfg"))
+    (folder / "1_64x64.png").unlink()
+    with pytest.raises(UserError, match="1 of 5 images are missing or unreadable"):
+        run([manifest], metrics_config)
+    (folder / "3_64x64.png").write_bytes((folder / "3_64x64.png").read_bytes()[:300])  # cut short
+    assert run([manifest], metrics_config, "--skip_missing", "--metrics", "clip") == 0
+    captured = capsys.readouterr()
+    assert "1_64x64.png: no such file" in captured.err and "3_64x64.png: " in captured.err
+    assert "2 of 5 images are missing or unreadable: left out" in captured.err
+    assert len(kept(manifest)["images"]) == 3
+    for path in folder.glob("*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match="none of the 5 images"):
+        run([manifest], metrics_config, "--skip_missing")
+
+
+@pytest.mark.parametrize("content, told", [
+    (None, "no manifest at"), ("[]", "lists no image"), ("{", "no JSON manifest"), ("{}", "must be a JSON list"),
+    ('[{"prompt": "x"}]', "entry 1 has no gen_image_path"), ('["x"]', "entry 1 has no prompt"),
+])
+def test_bad_manifests(content, told, metrics_config, tmp_path):
+    manifest = tmp_path / "m.json"
+    if content is not None:
+        manifest.write_text(content)
+    with pytest.raises(UserError, match=told):
+        run([manifest], metrics_config)
+
+
+@pytest.mark.parametrize("more, told", [
+    (["--metrics", "beauty"], "no metric named beauty"), (["--batch_size", 0], "at least 1"),
+    (["--device", "cuda"], "no GPU can be used here"),
+])
+def test_bad_options(more, told, make_manifest, metrics_config, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=told):
+        run([make_manifest("a", PROMPTS)], metrics_config, *more)
+
+
+def test_relative_paths_are_taken_from_the_manifest_then_from_the_working_directory(make_manifest, metrics_config,
+                                                                                    tmp_path, monkeypatch):
+    manifest = make_manifest("a", PROMPTS)
+    moved = tmp_path / "moved"
+    manifest.parent.rename(moved)
+    assert run([moved / manifest.name], metrics_config, "--metrics", "aesthetics") == 0
+    alone = tmp_path / "alone.json"
+    entries = json.loads((moved / manifest.name).read_text())
+    alone.write_text(json.dumps([entry | {"gen_image_path": f"moved/{entry['gen_image_path']}"} for entry in entries]))
+    (tmp_path / "deep").mkdir()
+    alone.rename(tmp_path / "deep" / "alone.json")
+    monkeypatch.chdir(tmp_path)
+    assert run(["deep/alone.json"], metrics_config, "--metrics", "aesthetics") == 0  # the official form
