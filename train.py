@@ -27,9 +27,10 @@ from training.errors import run_program
 from training.guards import Guards
 from training.hub import push
 from training.launch import COMPUTE_DTYPES, gradient_norm, identify_run, start_accelerator, tracker_config
-from training.logs import StepScalars, Throughput, peak_memory_gb
+from training.logs import MetricsFile, StepScalars, Throughput, peak_memory_gb
 from training.models import (load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler)
 from training.optimizers import effective_learning_rate, make_optimizer, make_schedule, optimizer_name
+from training.relabel import ai_feedback_labels
 from training.signals import StopSignal
 from training.spo_arguments import SPOArguments
 from training.validation import validate
@@ -69,7 +70,9 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
     models = load_tokenizers_and_scheduler(args)
     cache = CachedDataset(args.cached_dataset) if args.cached_dataset else None
     with accelerator.main_process_first():
-        pairs = choose_pairs(cache.rows() if cache else load_table(args), args, args.seed)
+        table = cache.rows() if cache else load_table(args)
+    labels = ai_feedback_labels(table, args, accelerator) if args.choice_model else None
+    pairs = choose_pairs(table, args, args.seed, labels)
 
     # 3. Models: frozen encoders, policy, and the reference it is compared with.
     if cache:
@@ -106,7 +109,7 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
     micro_batches = iter(loader)
 
     # 6. The loop: one optimizer step a turn.
-    loss_config = args.loss_config()
+    loss_config, metrics = args.loss_config(), MetricsFile(args.output_dir, first_step)
     scalars, throughput, saved_step = StepScalars(), Throughput(pairs_per_step), first_step
     bar = tqdm(range(first_step, max_steps), initial=first_step, total=max_steps, desc=args.train_method, unit="step",
                disable=not accelerator.is_local_main_process, dynamic_ncols=True)
@@ -130,6 +133,8 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
         logs |= {"lr": lr_scheduler.get_last_lr()[0], "pairs_per_second": throughput(),
                  "peak_memory_gb": peak_memory_gb(device)}
         accelerator.log(logs, step=done)
+        if main_process:
+            metrics.append(done, logs)
         bar.set_postfix(shown_in_bar(logs))
 
         if args.checkpointing_steps and done % args.checkpointing_steps == 0 and done < max_steps:

@@ -120,6 +120,8 @@ def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
                             f"({len(odd)} such rows)")
         first_wins, keep = values == 1.0, values != 0.5
         undecided = int((~keep).sum() - unlabelled.sum())
+        if args.choice_model:
+            notes.append(f"{len(table)} pairs have their labels by {args.choice_model}")
         notes.append(f"{undecided} of {len(table)} pairs dropped without a decision (label_0 = 0.5)")
         if unlabelled.any():
             notes.append(f"{int(unlabelled.sum())} pairs dropped without a label")
@@ -162,7 +164,7 @@ class PairDataset(torch.utils.data.Dataset):
     def __getitem__(self, place: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Raises UserError after MAX_PASSED_OVER pairs in a row that cannot be used."""
         position, index = place
-        draw = self._draw(position)
+        draw = self.draw(position)
         for passed_over in range(min(len(self), MAX_PASSED_OVER)):
             try:
                 pair = self.read((index + passed_over) % len(self), draw)
@@ -182,7 +184,7 @@ class PairDataset(torch.utils.data.Dataset):
         raise UserError(f"{passed_over + 1} pairs in a row cannot be used, from row {self.row(index)} on; the last one's "
                         f"{last}. python -m training.check_data looks through all of them")
 
-    def _draw(self, position: int) -> PairDraw:
+    def draw(self, position: int) -> PairDraw:
         return draw_pair(self.seed, position, self.latent_shape, perturb=self.args.input_perturbation > 0)
 
     def row(self, index: int) -> int:
@@ -191,7 +193,7 @@ class PairDataset(torch.utils.data.Dataset):
 
     def faults(self, position: int, index: int, passed_over: int) -> list[dict]:
         """Row, column and reason of the pairs that were passed over at a position."""
-        draw, faults = self._draw(position), []
+        draw, faults = self.draw(position), []
         for number in range(index, index + passed_over):
             try:
                 self.read(number % len(self), draw)

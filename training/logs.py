@@ -1,6 +1,9 @@
 """Scalars of an optimizer step: kept on the device, averaged over micro-batches and processes in one collective."""
 
+import json
+import os
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +36,38 @@ class StepScalars:
             variance = scalars.pop("margin_square") - scalars["margin_mean"] ** 2
             scalars["margin_std"] = max(variance, 0.0) ** 0.5
         return scalars
+
+
+class MetricsFile:
+    """OUTPUT_DIR/metrics.jsonl: one line of JSON an optimizer step, for plots and tables without a tracker.
+
+    A resumed run takes up after `first_step`: lines that an interrupted one wrote beyond it are dropped.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, first_step: int):
+        self.path, self.first_step, self.file = Path(output_dir) / "metrics.jsonl", first_step, None
+
+    def append(self, step: int, logs: dict[str, float]) -> None:
+        if self.file is None:
+            kept = [line for line in read_metrics(self.path) if line["step"] <= self.first_step]
+            self.file = open(self.path, "w", encoding="utf-8", buffering=1)
+            self.file.writelines(json.dumps(line) + "\n" for line in kept)
+        self.file.write(json.dumps({"step": step, **logs}) + "\n")
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """The lines of a metrics.jsonl, without one that was cut short; [] where there is none."""
+    lines = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
 
 
 class Throughput:

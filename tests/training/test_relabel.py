@@ -1,0 +1,39 @@
+"""--choice_model: the real program relabels the pairs by a small scorer of the real classes."""
+
+import numpy as np
+import pytest
+
+from eval.metrics import load_metric
+from training.arguments import parse_arguments
+from training.data import load_table
+from training.images import decode_image
+from training.relabel import labels_from_scores, score_rows
+
+
+def test_the_better_score_wins_ties_are_undecided_and_unusable_rows_have_no_label():
+    scores = np.array([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0], [np.nan, 1.0]])
+    assert labels_from_scores(scores).tolist() == [1.0, 0.0, 0.5, None]
+
+
+@pytest.mark.slow
+def test_train_relabels_once_and_reuses_it(tiny_sd15, pairs_dir, tmp_path, run, python):
+    run([python, "-m", "eval.metrics.tiny", "--output", tmp_path / "metrics"])
+    config = tmp_path / "metrics" / "metrics.yaml"
+    command = [python, "train.py", "--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir,
+               "--resolution", 64, "--mixed_precision", "no", "--max_train_steps", 1, "--lr_warmup_steps", 0, "--seed", 0,
+               "--choice_model", "pickscore", "--metrics_config", config, "--output_dir", tmp_path / "out"]
+    result = run(command)
+    assert "64 pairs" in result.stdout and "labels by pickscore" in result.stdout
+    [scores] = (tmp_path / "out" / "ai_feedback").glob("*/rows-*.npy")
+    written = scores.stat().st_mtime_ns
+
+    args = parse_arguments([str(word) for word in command[2:]])
+    table, scorer = load_table(args), load_metric("pickscore", config=config)
+    expected = score_rows(table, range(4), "caption", scorer)
+    np.testing.assert_allclose(np.load(scores)[:4], expected, rtol=1e-5)
+    row = table[0]
+    one = scorer.score([decode_image(row["jpg_0"])], [row["caption"]])
+    np.testing.assert_allclose(one.numpy(), expected[0, :1], rtol=1e-5)
+
+    run([*command[:-1], tmp_path / "out", "--max_train_steps", 2])
+    assert scores.stat().st_mtime_ns == written
