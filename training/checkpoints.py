@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -37,7 +37,8 @@ FREE_SETTINGS = {
     "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_resume", "hard_skip_resume", "logging_dir",
     "report_to", "tracker_project_name", "validation_prompts", "validation_steps", "push_to_hub", "hub_model_id",
     "local_rank", "gradient_checkpointing", "metrics_config", "max_bad_fraction", "max_nonfinite_steps",
-    "watch_winner_rise", "watch_margin", "process_timeout",
+    "watch_winner_rise", "watch_margin", "process_timeout", "cached_dataset", "compile",
+    "channels_last", "offload_reference",
 }
 
 
@@ -271,7 +272,7 @@ def register_hooks(accelerator: Accelerator, lora: bool, weights_file: str = "un
         unet = accelerator.unwrap_model(models.pop())
         if lora:
             state = {key.removeprefix("unet."): value for key, value in load_file(Path(folder) / LORA_FILE).items()}
-            result = set_peft_model_state_dict(unet, state)
+            result = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state))
             if result.unexpected_keys:
                 raise UserError(f"{folder} does not fit this run's LoRA: {result.unexpected_keys[:3]}")
         else:

@@ -1,0 +1,208 @@
+"""`train.py --train_method spo` as it is launched, on the tiny pipelines."""
+
+import json
+import re
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CLIPConfig, CLIPModel
+
+from shapes.pipeline import clip_tokenizer, text_config
+from spm.model import StepAwarePreferenceModel
+from training.arguments import TrainArguments, parse_arguments
+from training.errors import UserError
+from training.launch import start_accelerator
+from training.resampler import Pairs
+from training.spo import Progress, deal_out, train
+from training.spo_arguments import SPOArguments, load_prompts
+
+PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "star")]
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A folder with a random tiny CLIP, its tokenizer and a step-aware checkpoint of another size."""
+    folder = tmp_path_factory.mktemp("judge")
+    torch.manual_seed(3)
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+                  patch_size=8)
+    clip = CLIPModel(CLIPConfig(text_config=text_config(32, 1).to_dict(), vision_config=vision, projection_dim=16,
+                                logit_scale_init_value=4.6))
+    clip.save_pretrained(folder)
+    clip_tokenizer().save_pretrained(folder)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    spm = StepAwarePreferenceModel(clip)
+    torch.save(spm.state_dict(), folder / "spm.bin")
+    torch.save({key: value[:1] if value.dim() > 1 else value for key, value in spm.state_dict().items()},
+               folder / "other_size.bin")
+    return folder
+
+
+def flags(judge, base, output, **options):
+    options = dict(
+        pretrained_model_name_or_path=base, resolution=64, spo_prompts=judge / "prompts.txt", spm_clip=judge,
+        spm_tokenizer=judge, spm_checkpoint=judge / "spm.bin", mixed_precision="no", seed=5, output_dir=output,
+        spo_sample_batch_size=2, spo_threshold=0.005, train_batch_size=4, learning_rate=1e-3,
+        max_train_steps=2) | options
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def train_here(words):
+    """The program's work in this process, with SD1.5's preset."""
+    args, spo = parse_arguments(["--config", "configs/train/sd15_spo.yaml", *map(str, words)], SPOArguments)
+    train(args, spo, start_accelerator(args))
+
+
+def scalars(output):
+    (events,) = {path.parent for path in (output / "logs").rglob("events*") if path.parent.parent.name == "logs"}
+    accumulator = EventAccumulator(str(events)).Reload()
+    return {name: [event.value for event in accumulator.Scalars(name)] for name in accumulator.Tags()["scalars"]}
+
+
+@pytest.mark.slow
+def test_sd15_script_trains_lora_logs_and_leaves_a_pipeline(judge, tiny_sd15, tmp_path, run):
+    output = tmp_path / "out"
+    run(["bash", "scripts/train/sd15_spo.sh", *flags(judge, tiny_sd15, output)])
+    logs = scalars(output)
+    assert logs["train_loss"][0] == torch.tensor(2.0).log().item()  # policy equals reference: to the last bit
+    assert logs["ratio_w"][0] == logs["ratio_l"][0] == 1.0
+    assert logs["train_loss"][1] != logs["train_loss"][0]
+    assert {"spo/score_mean", "spo/score_spread", "spo/kept_share", "clipped_share", "grad_norm", "lr"} <= logs.keys()
+    steps = {int(name[-2:]) for name in logs if name.startswith("spo/kept_share_step_")}
+    assert steps == set(range(4, 20)) and all(0 <= logs[f"spo/kept_share_step_{s:02d}"][0] <= 1 for s in steps)
+
+    from diffusers import StableDiffusionPipeline
+    pipeline = StableDiffusionPipeline.from_pretrained(output)
+    base = StableDiffusionPipeline.from_pretrained(tiny_sd15)
+    trained = torch.load(output / "unet.pth", weights_only=True)
+    changed = [key for key, value in base.unet.state_dict().items() if not torch.equal(value, trained[key])]
+    assert changed and all(re.search(r"to_(q|k|v|out\.0)\.weight$", key) for key in changed)
+    assert all(torch.equal(value, trained[key]) for key, value in pipeline.unet.state_dict().items())
+    base.load_lora_weights(output)  # the published _LoRA form
+    base.fuse_lora()
+    base.unload_lora_weights()
+    for key, value in base.unet.state_dict().items():
+        torch.testing.assert_close(value, trained[key])
+
+
+@pytest.mark.slow
+def test_sdxl_script_trains(judge, tiny_sdxl, tmp_path, run):
+    output = tmp_path / "out"
+    result = run(["bash", "scripts/train/sdxl_spo.sh", *flags(judge, tiny_sdxl, output, lora_rank=4),
+                  "--pretrained_vae_model_name_or_path", tiny_sdxl / "vae"])
+    assert "pools of 2 from step 4, 3 inner steps" in result.stdout
+    logs = scalars(output)
+    assert logs["train_loss"][0] == torch.tensor(2.0).log().item() and len(logs["train_loss"]) == 2
+    assert {int(name[-2:]) for name in logs if name.startswith("spo/kept_share_step_")} == {7, 11, 15, 19}
+
+
+def test_whole_unet_trains_against_a_frozen_copy(judge, tiny_sd15, tmp_path):
+    output = tmp_path / "out"
+    train_here(flags(judge, tiny_sd15, output, max_train_steps=1, lora_rank=0, spo_num_steps=6))
+    assert scalars(output)["train_loss"][0] == torch.tensor(2.0).log().item()
+    assert not (output / "pytorch_lora_weights.safetensors").exists()
+    trained = torch.load(output / "unet.pth", weights_only=True)
+    assert not torch.equal(trained["conv_in.weight"],
+                           load_file(tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"])
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same_from_the_same_pairs(judge, tiny_sd15, tmp_path, run):
+    """A round is one optimizer step here. The third has a single prompt: one of two processes samples none, and gets
+    its share of the other's pairs."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = dict(optimizer="sgd", learning_rate=10, max_train_steps=3, spo_num_steps=8, spo_threshold=0)
+    train_here(flags(judge, tiny_sd15, one, spo_sample_batch_size=4, train_batch_size=16, **common))
+    run(["bash", "scripts/train/sd15_spo.sh",
+         *flags(judge, tiny_sd15, two, spo_sample_batch_size=2, train_batch_size=8, **common)],
+        NUM_PROCESSES="2", MAIN_PORT="29611")
+    assert scalars(one)["spo/pairs"] == scalars(two)["spo/pairs"] == [16, 16, 4]
+    for name in ("train_loss", "grad_norm", "spo/score_mean", "spo/score_spread", "ratio_w", "ratio_l"):
+        assert scalars(one)[name] == pytest.approx(scalars(two)[name], rel=1e-3), name
+    a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (one, two))
+    assert max(value.abs().max() for key, value in a.items() if "lora_B" in key or "lora.up" in key) > 1e-5
+    for key in a:
+        assert (a[key] - b[key]).norm() <= 1e-3 * a[key].norm(), key
+
+
+def test_resumed_run_ends_where_an_uninterrupted_one_does(judge, tiny_sd15, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    # A round is one optimizer step, an epoch of 9 prompts 5 rounds: the run is cut in the second epoch.
+    common = dict(train_batch_size=16, spo_threshold=0, spo_num_steps=6, checkpointing_steps=4)
+    train_here(flags(judge, tiny_sd15, whole, max_train_steps=7, **common))
+    train_here(flags(judge, tiny_sd15, cut, max_train_steps=6, **common))
+    train_here(flags(judge, tiny_sd15, cut, max_train_steps=7, **common))
+    assert re.search("resuming .*checkpoint-6, after step 6", capsys.readouterr().out)
+    a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (whole, cut))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_gradients_are_clipped(judge, tiny_sd15, tmp_path):
+    """One plain step of SGD moves the weights by exactly the bound, whatever the gradient."""
+    output = tmp_path / "out"
+    train_here(flags(judge, tiny_sd15, output, max_train_steps=1, lora_rank=0, spo_num_steps=6, optimizer="sgd",
+                     learning_rate=1, max_grad_norm=1e-3))
+    assert scalars(output)["grad_norm"][0] > 2e-3
+    base = load_file(tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors")
+    moved = sum((base[key] - value).square().sum() for key, value in torch.load(output / "unet.pth").items()).sqrt()
+    assert moved.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_threshold_that_keeps_nothing_warns_and_ends_cleanly(judge, tiny_sd15, tmp_path, capsys):
+    train_here(flags(judge, tiny_sd15, tmp_path / "out", spo_threshold=0.999, max_train_steps=50,
+                     spo_sample_batch_size=5, spo_num_steps=6))
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "no pair of epoch 1" in line]
+    assert re.search(r"in 18 pools\)\. Lower --spo_threshold below 0\.\d+", warning)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(spo_k=1), "--spo_k must be at least 2"),
+    (dict(spo_divert_start_step=20), "--spo_divert_start_step 20 is outside the 20 denoising steps"),
+    (dict(spo_prompts="EMPTY"), "holds no prompts"),
+    (dict(spo_prompts="ABSENT"), "cannot read the prompts"),
+    (dict(spo_prompts="ODD"), "entry 1 is no prompt"),
+    (dict(spm_checkpoint="OTHER"), "does not fit this StepAwarePreferenceModel"),
+    (dict(spo_threshold=1.5), "--spo_threshold must lie in [0, 1)"),
+    (dict(spo_eta=0), "--spo_eta must lie in (0, 1]"),
+    (dict(max_train_steps=0, lr_scheduler="cosine"), "--lr_scheduler cosine needs --max_train_steps"),
+])
+def test_bad_input_is_one_line(judge, tiny_sd15, tmp_path, options, message):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "odd.json").write_text(json.dumps(["a cat", {"text": "a dog"}]))
+    files = {"EMPTY": tmp_path / "empty.txt", "ABSENT": tmp_path / "absent.txt", "ODD": tmp_path / "odd.json",
+             "OTHER": judge / "other_size.bin"}
+    options = {name: files.get(value, value) for name, value in options.items()}
+    words = flags(judge, tiny_sd15, tmp_path / "out", report_to="none", **options)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        train_here(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts_from_text_json_and_the_captions_of_a_dataset(tmp_path, pairs_dir):
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "a cat"}, "a dog"]))
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
+    args = TrainArguments("base", train_data_dir=str(pairs_dir))
+    for name in ("prompts.json", "prompts.txt"):
+        assert load_prompts(args, SPOArguments(spo_prompts=str(tmp_path / name)), 0) == ["a cat", "a dog"]
+    captions = load_prompts(args, SPOArguments(), 0)
+    assert len(captions) == len(set(captions)) > 10
+    args.max_train_samples = 5
+    first, again = load_prompts(args, SPOArguments(), 0), load_prompts(args, SPOArguments(), 0)
+    assert first == again and len(first) == 5 and set(first) < set(captions)
+
+
+@pytest.mark.parametrize("inner", [0, 3])
+def test_every_pair_is_dealt_once_in_an_order_of_its_own(inner):
+    """The order follows from (seed, epoch, round) alone, not from the order in which the pairs were gathered."""
+    n, members = 10, 2 if inner else 1
+    pairs = Pairs(torch.arange(n).view(n, 1, 1, 1, 1).expand(n, members, 1, 1, 1).float(), torch.zeros(n, 2, 1, 1, 1),
+                  torch.arange(n) % 4, torch.arange(n) // 4)
+    accelerator = Accelerator(cpu=True)
+    dealt = deal_out(pairs, 0, Progress(), accelerator)
+    reverse = deal_out(pairs[torch.arange(n).flip(0)], 0, Progress(), accelerator)
+    assert sorted(dealt.x_t[:, 0].flatten().tolist()) == list(range(n))
+    assert torch.equal(dealt.x_t, reverse.x_t) and not torch.equal(dealt.x_t, pairs.x_t)
+    assert not torch.equal(dealt.x_t, deal_out(pairs, 0, Progress(round=1), accelerator).x_t)
