@@ -16,7 +16,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,9 +24,13 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+sys.path.insert(0, str(Path(__file__).parent))
+import forge  # noqa: E402
+
+ROOT = forge.ROOT
+
+
+AIMED = 0.25  # of the kills wait for a checkpoint that is being written; the others come at any moment
 
 
 @dataclass
@@ -69,85 +72,17 @@ class Torture:
 
     def start(self, scenario: Scenario, output: Path) -> list[int]:
         """Process ids of a launch; its output goes to OUTPUT.log, its losses to OUTPUT.losses."""
-        log = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         argv = self.command(scenario, output)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        if scenario.launcher:
-            command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes",
-                       str(scenario.processes), "--main_process_port", str(port), "train.py", *argv]
-            child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-            os.close(log)
-            return [child.pid]
-        pids = []
-        for rank in range(scenario.processes):
-            pid = os.fork()
-            if pid == 0:
-                self._become_rank(rank, scenario.processes, port, argv, log, output)
-            pids.append(pid)
-        os.close(log)
-        return pids
-
-    def _become_rank(self, rank: int, world: int, port: int, argv: list[str], log: int, output: Path) -> None:
-        os.setsid()
-        os.dup2(log, 1), os.dup2(log, 2)
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-        if world > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                           "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        code = 1
-        try:
-            from accelerate import Accelerator
-
-            import train
-            from training.errors import run_program
-
-            def keep(accelerator, values, step=None, **_):
-                if accelerator.is_main_process and "train_loss" in values:
-                    with open(f"{output}.losses", "a") as file:
-                        file.write(json.dumps([step, values["train_loss"].hex(), values["grad_norm"].hex()]) + "\n")
-
-            Accelerator.log = keep
-            sys.argv = ["train.py", *argv]
-            run_program(train.main)
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-
-    def wait(self, pids: list[int], seconds: float = 300.0) -> list[int] | None:
-        """Exit codes (negative: the signal), or None when a process still runs after that time."""
-        codes, end = {}, time.monotonic() + seconds
-        while len(codes) < len(pids):
-            for pid in set(pids) - codes.keys():
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
-            if time.monotonic() > end:
-                self.unwaited = codes
-                return None
-            time.sleep(0.01)
-        return [codes[pid] for pid in pids]
-
-    def kill(self, pids: list[int]) -> None:
-        for pid in pids:
-            try:
-                os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        for pid in pids:
-            try:
-                os.waitpid(pid, 0)
-            except ChildProcessError:
-                pass
+        if not scenario.launcher:
+            return forge.start(forge.Launch(argv, scenario.processes, f"{output}.log", f"{output}.losses"))
+        forge.exit_codes.clear()
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes",
+                   str(scenario.processes), "--main_process_port", str(forge.free_port()), "train.py", *argv]
+        with open(f"{output}.log", "a") as log:
+            return [subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True).pid]
 
     def finish(self, scenario: Scenario, output: Path) -> None:
-        codes = self.wait(self.start(scenario, output))
+        codes = forge.wait(self.start(scenario, output))
         if codes is None or any(codes):
             raise SystemExit(f"FAILED: {scenario.name} ended with {codes}; see {output}.log\n"
                              + Path(f"{output}.log").read_text()[-3000:])
@@ -171,10 +106,10 @@ class Torture:
         path = Path(f"{output}.losses")
         for line in path.read_text().splitlines() if path.is_file() else []:
             try:
-                step, *values = json.loads(line)
+                values = json.loads(line)
             except ValueError:
                 continue  # cut short by the kill
-            found.setdefault(step, set()).add(tuple(values))
+            found.setdefault(values["step"], set()).add((values["train_loss"], values["grad_norm"]))
         return found
 
     def same(self, output: Path, unbroken: Path, scenario: Scenario) -> bool:
@@ -201,7 +136,8 @@ class Torture:
             ended = False
             while not ended and done < kills:
                 pids = self.start(scenario, output)
-                codes = self.wait(pids, self.random.uniform(0.0, seconds))
+                aimed = self.random.random() < AIMED
+                codes = self.wait_for_writing(pids, output) if aimed else forge.wait(pids, self.random.uniform(0.0, seconds))
                 if codes is not None:
                     assert not any(codes), f"{scenario.name} ended with {codes}; see {output}.log"
                     ended = True
@@ -209,9 +145,9 @@ class Torture:
                 if scenario.processes > 1 and not scenario.launcher and self.random.random() < 0.5:
                     alone += 1  # one process dies alone: the other must notice by itself
                     victim = self.random.choice(pids)
-                    self.kill([victim])
+                    forge.kill([victim])
                     survivor = [pid for pid in pids if pid != victim]
-                    if self.wait(survivor, 30.0) is None:
+                    if forge.wait(survivor, 30.0) is None:
                         raise SystemExit(f"FAILED: a process outlived its killed peer for 30 s; see {output}.log")
                 else:
                     self.kill_tree(pids)
@@ -227,12 +163,20 @@ class Torture:
               f"{equal} of {runs} runs bit-equal, every logged loss too", flush=True)
         return result
 
+    def wait_for_writing(self, pids: list[int], output: Path) -> list[int] | None:
+        """Until a checkpoint is being written, and a moment more; exit codes where the run ends before."""
+        while not any(output.glob(".checkpoint-*")):
+            codes = forge.wait(pids, 0.0)
+            if codes is not None:
+                return codes
+        return forge.wait(pids, self.random.uniform(0.0, 0.03))
+
     def kill_tree(self, pids: list[int]) -> None:
         """The processes, and what a launcher has started, which lives in sessions of its own."""
         import psutil
 
         children = [child for pid in pids if psutil.pid_exists(pid) for child in psutil.Process(pid).children(True)]
-        self.kill(pids)
+        forge.kill(pids)
         for child in children:
             try:
                 child.kill()
@@ -254,7 +198,7 @@ class Torture:
             target = pids if number % 3 else [self.random.choice(pids)]  # all processes, or one that tells the others
             for pid in target:
                 os.kill(pid, kind)
-            codes = self.wait(pids, 60.0)
+            codes = forge.wait(pids, 60.0)
             stopped += codes is not None and not any(codes)
             self.finish(scenario, output)
             equal += self.same(output, unbroken, scenario)
@@ -306,9 +250,9 @@ class Torture:
                                  capture_output=True).returncode == 0
         output = disk / "run"
         if mounted:
-            codes = self.wait(self.start(scenario, output))
+            codes = forge.wait(self.start(scenario, output))
         else:  # not allowed to mount: a limit on file sizes fails the same writes
-            codes = self.wait(self._start_limited(scenario, output, size // 3))
+            codes = forge.wait(self._start_limited(scenario, output, size // 3))
         log = Path(f"{output}.log")
         lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")] if log.is_file() else []
         good = [path for path in list_checkpoints(output) if fault(path) is None]

@@ -1,0 +1,164 @@
+"""Launches of train.py that cost a second instead of ten: processes forked from one that has done the imports.
+
+Each rank is a process of its own session with the environment that torchrun gives it, and runs train.py's own main().
+As a program this is a server for tests: a JSON object a line on stdin, its process ids and then its exit codes on stdout.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass
+class Launch:
+    """argv: train.py's flags. log: where its output goes; losses: where every step's scalars are kept, if anywhere.
+    prelude: code that is run before main(), to break something. environment: added to it."""
+
+    argv: list[str]
+    processes: int = 1
+    log: str = os.devnull
+    losses: str | None = None
+    prelude: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+exit_codes: dict[int, int] = {}  # of the last launch's processes that have ended
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(launch: Launch) -> list[int]:
+    """Fork the ranks of a launch; returns their process ids."""
+    sys.stdout.flush()
+    exit_codes.clear()
+    port, pids = free_port(), []
+    for rank in range(launch.processes):
+        pid = os.fork()
+        if pid == 0:
+            _become_rank(launch, rank, port)
+        pids.append(pid)
+    return pids
+
+
+def _become_rank(launch: Launch, rank: int, port: int) -> None:
+    code = 1
+    try:
+        os.setsid()
+        log = os.open(launch.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        os.environ |= {"ACCELERATE_USE_CPU": "true"} | launch.environment
+        if launch.processes > 1:
+            world = str(launch.processes)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        from accelerate import Accelerator
+
+        import train
+        from training.errors import run_program
+
+        def keep(accelerator, values, step=None, **_):
+            if accelerator.is_main_process and "train_loss" in values:
+                with open(launch.losses, "a") as file:
+                    file.write(json.dumps({"step": step} | {name: value.hex() for name, value in values.items()}) + "\n")
+
+        if launch.losses:
+            Accelerator.log = keep
+        exec(launch.prelude, {"__name__": "prelude"})
+        sys.argv = ["train.py", *launch.argv]
+        run_program(train.main)
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pids: list[int], seconds: float = 300.0, end_others: bool = False) -> list[int] | None:
+    """Exit codes (negative: the signal), or None when a process still runs after that time.
+
+    end_others: when one fails, end the others, as launchers do.
+    """
+    end = time.monotonic() + seconds
+    while running := [pid for pid in pids if pid not in exit_codes]:
+        for pid in running:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                exit_codes[pid] = os.waitstatus_to_exitcode(status)
+                if end_others and exit_codes[pid]:
+                    for other in running:
+                        if other not in exit_codes:
+                            os.kill(other, signal.SIGTERM)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.005)
+    return [exit_codes[pid] for pid in pids]
+
+
+def kill(pids: list[int]) -> None:
+    """SIGKILL to processes and their data workers."""
+    for pid in pids:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        if pid not in exit_codes:
+            exit_codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class Server:
+    """A forge in a process of its own, for tests: their process has threads, which do not survive a fork."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True)
+
+    def start(self, launch: Launch, seconds: float = 200.0) -> list[int]:
+        self.process.stdin.write(json.dumps(vars(launch) | {"seconds": seconds}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def wait(self) -> list[int] | None:
+        return json.loads(self.process.stdout.readline())
+
+    def run(self, launch: Launch, seconds: float = 200.0) -> list[int] | None:
+        self.start(launch, seconds)
+        return self.wait()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def serve() -> None:
+    import train  # noqa: F401  once, for all that are forked from here
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        seconds = request.pop("seconds")
+        pids = start(Launch(**request))
+        print(json.dumps(pids), flush=True)
+        codes = wait(pids, seconds, end_others=True)
+        if codes is None:
+            kill(pids)
+        print(json.dumps(codes), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

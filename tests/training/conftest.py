@@ -1,0 +1,30 @@
+"""train.py inside the test's process: what it logs, step by step."""
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+SHORT = ["--max_train_steps", "20", "--train_batch_size", "2", "--learning_rate", "1e-3", "--lr_warmup_steps", "0",
+         "--beta_dpo", "100", "--seed", "0", "--checkpointing_steps", "0"]
+
+
+@pytest.fixture
+def train_run(tmp_path_factory):
+    """train_run(argv) -> the scalars of each optimizer step of a short run (20 steps unless argv says otherwise)."""
+    import train
+    from training.arguments import parse_arguments
+    from training.launch import start_accelerator
+    from training.signals import StopSignal
+
+    def run(argv: list) -> list[dict[str, float]]:
+        words = SHORT + ["--output_dir", str(tmp_path_factory.mktemp("run"))] + [str(word) for word in argv]
+        args = parse_arguments(words)
+        accelerator = start_accelerator(args)
+        logs = []
+        accelerator.log = lambda values, step: logs.append(values)
+        with StopSignal() as stop:
+            train.train(args, accelerator, stop)
+        return logs
+
+    yield run
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
