@@ -70,7 +70,8 @@ class TrainArguments:
     scale_lr: bool = option(False, "multiply the learning rate by devices * batch * accumulation")
     lr_scheduler: str = option("constant_with_warmup", "a schedule of diffusers.optimization")
     lr_warmup_steps: int = option(500, "optimizer steps of linear warm-up")
-    optimizer: Literal["auto", "adamw", "adafactor", "sgd"] = option("auto", "auto: AdamW, Adafactor for SDXL")
+    optimizer: Literal["auto", "adamw", "adamw8bit", "adafactor", "sgd"] = option(
+        "auto", "auto: AdamW, Adafactor for SDXL")
     use_adafactor: bool = option(False, "Adafactor, and no gradient clipping (as published)")
     adam_beta1: float = option(0.9, "AdamW beta1")
     adam_beta2: float = option(0.999, "AdamW beta2")
@@ -84,7 +85,11 @@ class TrainArguments:
     # Precision, speed and memory
     mixed_precision: Literal["no", "fp16", "bf16"] = option("fp16", "compute dtype of the UNets, VAE and text encoders")
     allow_tf32: bool = option(False, "TF32 matrix products on NVIDIA GPUs")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass (SDXL: always)")
+    compile: bool = option(False, "torch.compile the UNets' repeated blocks: some minutes at the start, faster steps")
+    channels_last: bool = option(False, "keep the UNets' convolutions in channels-last memory")
+    offload_reference: bool = option(False, "keep the reference on the host between its turns, for small GPUs")
+    use_8bit_adam: bool = option(False, "AdamW with 8-bit moments (needs bitsandbytes or torchao)")
 
     # Robustness
     max_bad_fraction: float = option(0.01, "stop when clearly more than this share of the pairs cannot be used")
@@ -210,6 +215,9 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} must lie in [0, 1), not {getattr(args, name)}")
+    if args.use_8bit_adam and (args.use_adafactor or args.optimizer not in ("auto", "adamw8bit")):
+        other = "use_adafactor" if args.use_adafactor else f"optimizer {args.optimizer}"
+        raise UserError(f"--use_8bit_adam and --{other} contradict each other: drop one")
     for name in ("proportion_empty_prompts", "max_bad_fraction"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} must lie in [0, 1], not {getattr(args, name)}")
@@ -244,6 +252,9 @@ def _warn_of_ignored(args: TrainArguments, given: set[str]) -> None:
     if not args.use_winner_preserving:
         for name in ("winner_preserving_mu", "winner_preserving_granularity"):
             ignored(name, "the safeguard is off (--use_winner_preserving turns it on)")
+    if args.lora_rank or not args.needs_reference:
+        ignored("offload_reference", "there is no reference model: LoRA's is the policy without its adapter"
+                if args.lora_rank else "sft has no reference model")
     if args.no_hflip:
         ignored("paired_hflip", "flips are off (--no_hflip)")
     if args.train_method != "sft":

@@ -1,0 +1,95 @@
+"""The quickstart's two small programs: what goes into training, and what came out of it.
+
+    python -m shapes.quickstart prepare --output outputs/quickstart
+    python -m shapes.quickstart table --output outputs/quickstart plain safeguarded
+"""
+
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+
+from shapes.oracle import judge
+from shapes.pipeline import base_pipeline, draw_images
+from shapes.preferences import write_preferences
+from training.errors import UserError, run_program
+from training.logs import read_metrics
+
+PROMPTS = ["a red circle on a blue background", "a yellow star on a green background",
+           "a blue square on a white background", "a green triangle on a yellow background",
+           "a purple circle on a black background", "a white square on a red background"]
+LAST_STEPS = 10  # the table's figures are means over these
+SCALE = 4
+
+
+def prepare(output: Path, num_pairs: int) -> None:
+    """The base pipeline and the preference pairs, as folders that train.py takes."""
+    base = base_pipeline(output / "base")
+    if not (output / "pairs" / "done").is_file():
+        write_preferences(output / "pairs", num_pairs)
+        (output / "pairs" / "done").touch()
+    print(f"base model in {base}, {num_pairs} preference pairs in {output / 'pairs'}")
+
+
+def table_row(run: Path) -> list[str]:
+    settings = json.loads((run / "run.json").read_text())
+    last = read_metrics(run / "metrics.jsonl")[-LAST_STEPS:]
+    mean = {name: float(np.mean([line[name] for line in last])) for name in last[-1]}
+    safeguard = f"mu {settings['winner_preserving_mu']:g}" if settings["use_winner_preserving"] else "off"
+    return [settings["train_method"], safeguard, f"{mean['train_loss']:.4f}", f"{mean['implicit_acc_accumulated']:.2f}",
+            f"{mean['avg_win_diff_loss']:+.5f}", f"{mean['avg_lose_diff_loss']:+.5f}"]
+
+
+def summarise(output: Path, runs: list[str]) -> None:
+    """Print the table of the runs and draw every prompt with the base and each run from the same noise."""
+    images = {}
+    for name in ["base", *runs]:
+        pipeline = StableDiffusionPipeline.from_pretrained(output / name)  # unet.pth's pipeline opens with diffusers
+        images[name] = draw_images(pipeline, PROMPTS, first_seed=0)
+        if name in runs:
+            state = torch.load(output / name / "unet.pth", weights_only=True)
+            if not all(torch.equal(state[key], value) for key, value in pipeline.unet.state_dict().items()):
+                raise UserError(f"{output / name}: unet.pth and the pipeline beside it differ")
+    header = ["method", "safeguard", "loss", "implicit accuracy", "winner error - ref", "loser error - ref", "oracle"]
+    rows = [table_row(output / name) for name in runs]
+    for name, row in zip(runs, rows):
+        row.append(f"{np.mean([judge(image, prompt).score for image, prompt in zip(images[name], PROMPTS)]):.3f}")
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+    for line in [header, ["-" * width for width in widths], *rows]:
+        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
+    grid(images).save(output / "samples.png")
+    print(f"(means over the last {LAST_STEPS} steps; errors against the reference, the oracle's score of "
+          f"{len(PROMPTS)} drawings)\nsamples: {output / 'samples.png'}")
+
+
+def grid(images: dict[str, list[Image.Image]]) -> Image.Image:
+    """One row a model, one column a prompt, names at the left."""
+    side = next(iter(images.values()))[0].width * SCALE
+    sheet = Image.new("RGB", (110 + (side + 4) * len(PROMPTS), (side + 4) * len(images)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for line, (name, row) in enumerate(images.items()):
+        pen.text((6, line * (side + 4) + side // 2 - 6), name, fill="black")
+        for column, image in enumerate(row):
+            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (110 + column * (side + 4), line * (side + 4)))
+    return sheet
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Prepare the quickstart's data, or tell what its runs learned.")
+    parser.add_argument("step", choices=["prepare", "table"])
+    parser.add_argument("runs", nargs="*", help="run folders inside --output")
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--num_pairs", type=int, default=160)
+    args = parser.parse_args()
+    if args.step == "prepare":
+        prepare(args.output, args.num_pairs)
+    else:
+        summarise(args.output, args.runs)
+
+
+if __name__ == "__main__":
+    run_program(main)

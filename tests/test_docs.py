@@ -1,0 +1,34 @@
+"""What the documents say of the program is what the program says."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from training.options_table import options_table
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_table_of_options_is_the_programs():
+    assert options_table() in (ROOT / "docs" / "training.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_pages_that_are_named_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for path in re.findall(r"`((?:scripts|configs|tests|docs|losses|training|eval|benchmarks|shapes|prompts)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / path).exists() or "*" in path, f"{page.name} names {path}"
+
+
+def test_train_py_can_be_read_in_one_sitting():
+    assert len((ROOT / "train.py").read_text().splitlines()) < 300
+
+
+def test_every_script_parses():
+    for script in ROOT.glob("scripts/**/*.sh"):
+        subprocess.run(["bash", "-n", script], check=True)
