@@ -74,6 +74,12 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadImage(f"{reason}" if str(reason) else type(error).__name__) from None
 
 
+def image_mode(data: bytes) -> str:
+    """How an image that decode_image reads is stored: RGB, CMYK, ...; "animated" where only its first frame is used."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return "animated" if getattr(image, "n_frames", 1) > 1 else image.mode
+
+
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width}x{height} is more than {MAX_PIXELS // 10**6} megapixels")
