@@ -26,7 +26,8 @@ from training.diffusion import noisy_batch, predict, predict_reference
 from training.errors import run_program
 from training.guards import Guards
 from training.hub import push
-from training.launch import COMPUTE_DTYPES, gradient_norm, identify_run, start_accelerator, tracker_config
+from training.launch import (COMPUTE_DTYPES, gradient_norm, identify_run, start_accelerator, take_step,
+                             tracker_config)
 from training.logs import MetricsFile, StepScalars, Throughput, peak_memory_gb
 from training.models import (load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler)
 from training.optimizers import effective_learning_rate, make_optimizer, make_schedule, optimizer_name
@@ -162,17 +163,6 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
             print(f"Published at {push(args)}", flush=True)
 
 
-def take_step(accelerator: Accelerator, optimizer, lr_scheduler, finite: bool) -> None:
-    """One step of optimizer and schedule; without a finite loss and gradient none, and both stay as they are."""
-    if finite:
-        optimizer.step()
-        if not accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the scaler has adapted
-            lr_scheduler.step()
-    elif accelerator.scaler is not None:
-        accelerator.scaler.update()  # it has seen these gradients, and is told that they are gone
-    optimizer.zero_grad(set_to_none=True)
-
-
 def shown_in_bar(logs: dict[str, float]) -> dict[str, str]:
     names = {"train_loss": "loss", "implicit_acc_accumulated": "acc", "avg_lose_l_scale": "lambda",
              "pairs_per_second": "pairs/s"}
@@ -184,10 +174,10 @@ def main() -> None:
         (getattr(library, "disable_progress_bar", None) or library.disable_progress_bars)()  # ours is the run's
     args, spo = parse_arguments(None, SPOArguments)
     accelerator = start_accelerator(args, args.process_timeout)
-    if args.train_method == "spo":  # online: it samples its pairs itself, from prompts
-        training.spo.train(args, spo, accelerator)
-    else:
-        with StopSignal() as stop:
+    with StopSignal() as stop:
+        if args.train_method == "spo":  # online: it samples its pairs itself, from prompts
+            training.spo.train(args, spo, accelerator, stop)
+        else:
             train(args, accelerator, stop)
 
 

@@ -238,10 +238,8 @@ def train(args: SPMArguments) -> None:
     if args.relabel_threshold:
         judge = cast_compute_weights(copy.deepcopy(spm).requires_grad_(False).eval(), dtype)
     restorer = Restorer(models, unet, judge, tokenizer, args, accelerator)
-    scale = 2 ** (len(models.vae.config.block_out_channels) - 1)
-    latent_shape = (models.vae.config.latent_channels, args.resolution // scale, args.resolution // scale)
-    pairs = LabelledPairs(table, args.caption_column, args.resolution, latent_shape, args.seed, source)
-    validation = validation and LabelledPairs(validation, args.caption_column, args.resolution, latent_shape, args.seed,
+    pairs = LabelledPairs(table, args.caption_column, args.resolution, models.latent_shape, args.seed, source)
+    validation = validation and LabelledPairs(validation, args.caption_column, args.resolution, models.latent_shape, args.seed,
                                               f"{source} ({args.validation_split})")
 
     # 4. Optimizer, schedule, resume.

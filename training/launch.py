@@ -1,4 +1,4 @@
-"""The start of a run, the same for every method: devices and trackers, the output folder's owner, the seed."""
+"""What the runs of all methods share: devices and trackers, the output folder's owner, the seed; and how they step."""
 
 import math
 import os
@@ -59,6 +59,17 @@ def gradient_norm(accelerator: Accelerator, policy, trainable: list, args: Train
     max_norm = args.max_grad_norm if clips_gradients(args) else math.inf
     norm = accelerator.clip_grad_norm_(trainable, max_norm)
     return norm if norm is not None else 0.0  # DeepSpeed clips by itself
+
+
+def take_step(accelerator: Accelerator, optimizer, lr_scheduler, finite: bool) -> None:
+    """One step of optimizer and schedule; without a finite loss and gradient none, and both stay as they are."""
+    if finite:
+        optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the scaler has adapted
+            lr_scheduler.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()  # it has seen these gradients, and is told that they are gone
+    optimizer.zero_grad(set_to_none=True)
 
 
 def tracker_config(args: TrainArguments) -> dict:

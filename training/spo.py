@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from losses.spo import clipped_ratio, ddim_gaussian, gaussian_log_prob, spo_loss
 from spm.model import StepAwarePreferenceModel, load_spm, load_spm_tokenizer
@@ -24,14 +25,16 @@ from training.checkpoints import (find_checkpoint, load_checkpoint, register_hoo
                                   write_run_file)
 from training.data import tokenize
 from training.draws import epoch_order, seeded_generator
+from training.errors import UserError
 from training.guidance import PromptConditioning, condition_on_prompts, decode_latents, guided_prediction
 from training.hub import push
-from training.launch import COMPUTE_DTYPES, gradient_norm, identify_run, tracker_config
-from training.logs import StepScalars, peak_memory_gb
+from training.launch import COMPUTE_DTYPES, gradient_norm, identify_run, take_step, tracker_config
+from training.logs import MetricsFile, StepScalars, peak_memory_gb
 from training.models import (Models, adapters_off, cast_compute_weights, load_frozen_encoders,
-                             load_policy_and_reference, load_tokenizers_and_scheduler)
+                             load_policy_and_reference, load_tokenizers_and_scheduler, on_device)
 from training.optimizers import effective_learning_rate, make_optimizer, make_schedule, optimizer_name
-from training.resampler import (Comparison, Pairs, ddim_scheduler, previous_timestep, prompt_generator, resample)
+from training.resampler import Comparison, Pairs, ddim_scheduler, previous_timestep, prompt_generator, resample
+from training.signals import StopSignal
 from training.spo_arguments import SPOArguments, check_spo_arguments, load_prompts, resampler_config
 from training.validation import validate
 
@@ -59,29 +62,24 @@ class Progress:
         self.load_state_dict(asdict(Progress(epoch=self.epoch + 1, step=self.step)))
 
 
-def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator) -> None:
+def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, stop: StopSignal) -> None:
     """Run SPO from start, or from a checkpoint, to the saved result. Raises UserError."""
     # 1. The run. One namespace of options, so that run.json and the checkpoints record SPO's too.
     check_spo_arguments(args, spo)
     vars(args).update(asdict(spo))
     device, main_process, world = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     dtype = COMPUTE_DTYPES[args.mixed_precision]
-    accelerator.gradient_accumulation_steps = 1  # take_step() weights its micro-batches by their size itself
+    accelerator.gradient_accumulation_steps = 1  # learn_from() weights its micro-batches by their size itself
     identify_run(args, accelerator)
-    config = resampler_config(spo)
 
     # 2. Prompts and models: frozen encoders, policy, reference, and the preference model.
     models = load_tokenizers_and_scheduler(args)
     with accelerator.main_process_first():
         prompts = load_prompts(args, spo, args.seed)
-    spm_tokenizer = load_spm_tokenizer(args.spm_tokenizer, args.cache_dir)
-    spm = cast_compute_weights(load_spm(args.spm_clip, args.spm_checkpoint, args.cache_dir), dtype)
-    spm.requires_grad_(False).eval().to(device)
+    judge = load_judge(args, dtype, device)
     load_frozen_encoders(models, args, dtype, device)
     load_policy_and_reference(models, args, dtype, device)
-    scheduler = ddim_scheduler(models.scheduler, config.num_steps)
-    scale = 2 ** (len(models.vae.config.block_out_channels) - 1)
-    latent_shape = (models.vae.config.latent_channels, args.resolution // scale, args.resolution // scale)
+    scheduler = ddim_scheduler(models.scheduler, args.spo_num_steps)
 
     # 3. Optimizer and schedule.
     trainable = [parameter for parameter in models.policy.parameters() if parameter.requires_grad]
@@ -106,13 +104,16 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator) -> 
         print(f"Training\n{summary(args, world, len(prompts), rounds)}", flush=True)
         if checkpoint:
             print(f"  resuming   {checkpoint}, after step {progress.step}", flush=True)
+    metrics = MetricsFile(args.output_dir, progress.step)
 
-    # 5. The loop: one round a turn.
     def finished() -> bool:
         if args.max_train_steps:
             return progress.step >= args.max_train_steps
         return progress.epoch >= args.num_train_epochs
 
+    # 5. The loop: one round a turn.
+    group_size = args.train_batch_size * args.gradient_accumulation_steps
+    skipped_in_a_row = 0
     bar = tqdm(initial=progress.step, total=args.max_train_steps or None, unit="step", dynamic_ncols=True,
                disable=not accelerator.is_local_main_process)
     while not finished():
@@ -120,48 +121,35 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator) -> 
         order = epoch_order(len(prompts), args.seed, progress.epoch, shuffle=True)
         chosen = order[progress.round * round_size:(progress.round + 1) * round_size]
         conditioning = condition_on_prompts(models, args, [prompts[i] for i in chosen], device)
-
-        own = torch.tensor(np.array_split(np.arange(len(chosen)), world)[accelerator.process_index], device=device)
-        generators = [prompt_generator(args.seed, progress.epoch, int(chosen[i])) for i in own.tolist()]
-        with torch.no_grad(), accelerator.autocast():
-            text = tokenize(spm_tokenizer, [prompts[chosen[i]] for i in own.tolist()] or [""]).to(device)
-            text_features = spm.text_features(text)
-        predict, score = sampling_functions(unwrapped, models.vae, spm, conditioning, own, text_features,
-                                            args.spo_guidance, accelerator)
-        if generators:
-            pairs, comparisons = resample(predict, score, scheduler, config, generators, latent_shape, device)
-            pairs.prompt = own[pairs.prompt]
-        else:  # the last round of an epoch may have fewer prompts than devices
-            pairs, comparisons = Pairs.none(latent_shape, config, device), []
-        logs = round_statistics(comparisons, progress, config.num_steps, accelerator)
+        pairs, comparisons = sample_pairs(unwrapped, models, judge, scheduler, conditioning, prompts, chosen, progress,
+                                          args, accelerator)
+        round_logs = round_statistics(comparisons, progress, args.spo_num_steps, accelerator)
         pairs = deal_out(pairs, args.seed, progress, accelerator)
         progress.learned += len(pairs) * world
-        accelerator.log(logs | {"spo/pairs": len(pairs) * world}, step=progress.step)
+        round_logs["spo/pairs"] = len(pairs) * world
+        accelerator.log(round_logs, step=progress.step)
 
-        scalars = StepScalars()
-        group_size = args.train_batch_size * args.gradient_accumulation_steps
         for start in range(0, len(pairs), group_size):
             if args.max_train_steps and progress.step >= args.max_train_steps:
                 break
-            group = pairs[start:start + group_size]
-            for micro_batch, weight, context in micro_batches(group, args.train_batch_size, policy, accelerator):
-                with context:
-                    loss, step_logs = pair_loss(policy, unwrapped, models, conditioning, micro_batch, scheduler, args,
-                                                accelerator)
-                    accelerator.backward(loss * weight)
-                    scalars.add(step_logs)
-            grad_norm = gradient_norm(accelerator, policy, trainable, args)
-            optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:
-                lr_scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
+            logs = learn_from(pairs[start:start + group_size], policy, unwrapped, models, conditioning, scheduler,
+                              args, accelerator)
+            logs["grad_norm"] = float(gradient_norm(accelerator, policy, trainable, args))
+            finite = is_finite(logs, accelerator)
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            take_step(accelerator, optimizer, lr_scheduler, finite)
+            if skipped_in_a_row >= args.max_nonfinite_steps:
+                raise UserError(f"neither loss nor gradient was finite in {skipped_in_a_row} steps in a row: lower "
+                                "--learning_rate, or train in bf16, and continue from the last checkpoint with "
+                                "--allow_changed_resume")
             progress.step += 1
-            step_logs = scalars.reduce(accelerator, grad_norm=grad_norm)
-            step_logs |= {"lr": lr_scheduler.get_last_lr()[0], "peak_memory_gb": peak_memory_gb(device)}
-            accelerator.log(step_logs, step=progress.step)
+            logs |= {"lr": lr_scheduler.get_last_lr()[0], "peak_memory_gb": peak_memory_gb(device)}
+            accelerator.log(logs, step=progress.step)
+            if main_process:
+                metrics.append(progress.step, logs | round_logs)
             bar.update()
-            bar.set_postfix(loss=f"{step_logs['train_loss']:.4g}", acc=f"{step_logs['implicit_acc_accumulated']:.3g}",
-                            kept=f"{logs['spo/kept_share']:.2g}")
+            bar.set_postfix(loss=f"{logs['train_loss']:.4g}", acc=f"{logs['implicit_acc_accumulated']:.3g}",
+                            kept=f"{round_logs['spo/kept_share']:.2g}")
 
         progress.round += 1
         if progress.round == rounds:
@@ -170,10 +158,17 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator) -> 
                     warn(no_pairs_message(args, progress, world))
                 break
             progress.next_epoch()
-        if args.checkpointing_steps and progress.step // args.checkpointing_steps > saved // args.checkpointing_steps:
-            if not finished():
-                save_checkpoint(accelerator, policy, lr_scheduler, progress.step, args)
-                saved = progress.step
+        stopped = accelerator.gather(torch.tensor([stop.name is not None], device=device)).any()
+        due = args.checkpointing_steps and progress.step // args.checkpointing_steps > saved // args.checkpointing_steps
+        if (stopped or due) and not finished():
+            checkpoint = save_checkpoint(accelerator, policy, lr_scheduler, progress.step, args)
+            saved = progress.step
+            if stopped:
+                accelerator.end_training()
+                if main_process:
+                    print(f"Stopped by {stop.name or 'a signal'}: {checkpoint} is saved, the same command continues from "
+                          "it", flush=True)
+                return
         if args.validation_prompts and (finished() or progress.step // args.validation_steps
                                         > validated // args.validation_steps):
             if main_process:
@@ -197,22 +192,55 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator) -> 
             print(f"Published at {push(args)}", flush=True)
 
 
-def sampling_functions(unet, vae, spm: StepAwarePreferenceModel, conditioning: PromptConditioning, own: Tensor,
-                       text_features: Tensor, guidance: float, accelerator: Accelerator):
-    """The resampler's predict and score. own: (b,) this device's rows of `conditioning`; text_features: (b, D)."""
+# --- sampling ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Judge:
+    """The step-aware preference model, frozen, in the compute dtype, with its tokenizer."""
+
+    spm: StepAwarePreferenceModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_judge(args, dtype: torch.dtype, device: torch.device) -> Judge:
+    tokenizer = load_spm_tokenizer(args.spm_tokenizer, args.cache_dir)
+    spm = load_spm(args.spm_clip, args.spm_checkpoint, args.cache_dir).requires_grad_(False).eval()
+    return Judge(cast_compute_weights(spm, dtype).to(device), tokenizer)
+
+
+@torch.no_grad()
+def sample_pairs(unet, models: Models, judge: Judge, scheduler: DDIMScheduler, conditioning: PromptConditioning,
+                 prompts: list[str], chosen: np.ndarray, progress: Progress, args,
+                 accelerator: Accelerator) -> tuple[Pairs, list[Comparison]]:
+    """This device's share of a round: pairs, whose `prompt` is a row of `conditioning`, and comparisons.
+
+    chosen: the round's prompts, of all devices, as positions in `prompts`; the last round of an epoch may have fewer
+    of them than there are devices.
+    """
+    device, config = accelerator.device, resampler_config(args)
+    own = np.array_split(np.arange(len(chosen)), accelerator.num_processes)[accelerator.process_index]
+    if len(own) == 0:
+        return Pairs.none(models.latent_shape, config, device), []
+    generators = [prompt_generator(args.seed, progress.epoch, int(chosen[i])) for i in own]
+    input_ids = tokenize(judge.tokenizer, [prompts[chosen[i]] for i in own]).to(device)
+    with accelerator.autocast():
+        text_features = judge.spm.text_features(input_ids)
+    own = torch.from_numpy(own).to(device)
 
     def predict(latents: Tensor, t: int, rows: Tensor) -> Tensor:
-        times = torch.full((len(latents),), t, device=latents.device)
+        times = torch.full((len(latents),), t, device=device)
         with accelerator.autocast():
-            return guided_prediction(unet, latents, times, conditioning, own[rows], guidance)
+            return guided_prediction(unet, latents, times, conditioning, own[rows], args.spo_guidance)
 
     def score(latents: Tensor, t: int, rows: Tensor) -> Tensor:
-        times = torch.full((len(latents),), t, device=latents.device)
-        pixels = decode_latents(vae, latents)
+        times = torch.full((len(latents),), t, device=device)
+        pixels = decode_latents(models.vae, latents)
         with accelerator.autocast():
-            return spm.score(pixels, times, text_features[rows])
+            return judge.spm.score(pixels, times, text_features[rows])
 
-    return predict, score
+    pairs, comparisons = resample(predict, score, scheduler, config, generators, models.latent_shape, device)
+    pairs.prompt = own[pairs.prompt]
+    return pairs, comparisons
 
 
 def deal_out(pairs: Pairs, seed: int, progress: Progress, accelerator: Accelerator) -> Pairs:
@@ -240,13 +268,23 @@ def _pad(tensor: Tensor, length: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
 
 
-def micro_batches(group: Pairs, size: int, policy, accelerator: Accelerator):
-    """(micro-batch, its share of the group's pairs, context); gradients are exchanged in the last context only."""
-    starts = range(0, len(group), size)
+# --- learning ------------------------------------------------------------------------------------------------------
+
+def learn_from(group: Pairs, policy, unwrapped, models: Models, conditioning: PromptConditioning,
+               scheduler: DDIMScheduler, args, accelerator: Accelerator) -> dict[str, float]:
+    """The gradient of this device's pairs of one optimizer step, in micro-batches; returns the step's scalars.
+
+    Each micro-batch counts by its size; the devices exchange gradients in the last one only. A collective call.
+    """
+    scalars = StepScalars()
+    starts = range(0, len(group), args.train_batch_size)
     for start in starts:
-        micro_batch = group[start:start + size]
-        context = nullcontext() if start == starts[-1] else accelerator.no_sync(policy)
-        yield micro_batch, len(micro_batch) / len(group), context
+        pairs = group[start:start + args.train_batch_size]
+        with nullcontext() if start == starts[-1] else accelerator.no_sync(policy):
+            loss, logs = pair_loss(policy, unwrapped, models, conditioning, pairs, scheduler, args, accelerator)
+            accelerator.backward(loss * len(pairs) / len(group))
+        scalars.add(logs)
+    return scalars.reduce(accelerator)
 
 
 def pair_loss(policy, unwrapped, models: Models, conditioning: PromptConditioning, pairs: Pairs,
@@ -268,7 +306,8 @@ def pair_loss(policy, unwrapped, models: Models, conditioning: PromptConditionin
 
     with torch.no_grad():
         if models.reference is not None:
-            reference_w, reference_l = log_probs(models.reference)
+            with on_device(models.reference, accelerator.device) as reference:
+                reference_w, reference_l = log_probs(reference)
         else:
             with adapters_off(unwrapped):
                 reference_w, reference_l = log_probs(unwrapped)
@@ -284,6 +323,14 @@ def pair_loss(policy, unwrapped, models: Models, conditioning: PromptConditionin
                   "margin_mean": margin.mean(), "margin_square": margin.square().mean(),
                   "ratio_w": ratios[0].mean(), "ratio_l": ratios[1].mean(), "clipped_share": clipped.float().mean()}
 
+
+def is_finite(logs: dict[str, float], accelerator: Accelerator) -> bool:
+    """Whether a step may be taken; fp16's scaler deals with an overflow by itself while it can still halve its scale."""
+    scaler_adapts = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1.0
+    return math.isfinite(logs["train_loss"]) and (math.isfinite(logs["grad_norm"]) or scaler_adapts)
+
+
+# --- what is told --------------------------------------------------------------------------------------------------
 
 def round_statistics(comparisons: list[Comparison], progress: Progress, num_steps: int,
                      accelerator: Accelerator) -> dict[str, float]:

@@ -15,7 +15,7 @@ from training.resampler import ResamplerConfig
 # Options of train.py that mean nothing here: there are no pairs to load, and the objective has its own beta and clip.
 IGNORED = ("beta_dpo", "dmpo_alpha", "use_winner_preserving", "winner_preserving_mu", "image_column", "random_crop",
            "no_hflip", "paired_hflip", "choice_model", "dreamlike_pairs_only", "dataloader_num_workers", "noise_offset",
-           "input_perturbation")
+           "input_perturbation", "cached_dataset")
 
 
 @dataclass

@@ -16,6 +16,7 @@ from training.arguments import TrainArguments, parse_arguments
 from training.errors import UserError
 from training.launch import start_accelerator
 from training.resampler import Pairs
+from training.signals import StopSignal
 from training.spo import Progress, deal_out, train
 from training.spo_arguments import SPOArguments, load_prompts
 
@@ -53,7 +54,8 @@ def flags(judge, base, output, **options):
 def train_here(words):
     """The program's work in this process, with SD1.5's preset."""
     args, spo = parse_arguments(["--config", "configs/train/sd15_spo.yaml", *map(str, words)], SPOArguments)
-    train(args, spo, start_accelerator(args))
+    with StopSignal() as stop:
+        train(args, spo, start_accelerator(args), stop)
 
 
 def scalars(output):
