@@ -37,9 +37,9 @@ RESOLUTION = 32
 TEXT_WIDTH = 64
 POOR_SHARE = 0.5  # of the drawings the base learns from
 POOR_STRENGTH = (0.2, 0.55)  # of their flaws
-VAE_STEPS = 2000
-TEXT_STEPS = 800
-NUM_PAIRS = 30_000
+VAE_STEPS = 800
+TEXT_STEPS = 400
+NUM_PAIRS = 24_000
 DOCS_GRID = Path(__file__).parents[1] / "docs" / "images" / "base_grid.png"
 
 
@@ -66,21 +66,21 @@ def mixed_flaws(rng: random.Random) -> Flaws:
     return random_flaws(rng, rng.choice(FLAW_NAMES), *POOR_STRENGTH)
 
 
-def train_vae(steps: int, seed: int, num_images: int = 20_000, batch_size: int = 32) -> AutoencoderKL:
-    """Train the autoencoder (3x32x32 <-> 4x8x8) on drawings of every kind; its scaling_factor makes latents of unit
+def train_vae(steps: int, seed: int, num_images: int = 10_000, batch_size: int = 16) -> AutoencoderKL:
+    """Train the autoencoder (3x32x32 <-> 4x16x16) on drawings of every kind; its scaling_factor makes latents of unit
     variance. The loss is the mean absolute error with a slight pull of the latents towards a standard normal."""
     rng = random.Random(seed)
     images = np.stack([np.asarray(render(random_drawing(rng), RESOLUTION, _any_flaws(rng)))
                        for _ in tqdm(range(num_images), desc="drawing", mininterval=10)])
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                        block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, latent_channels=4,
-                        sample_size=RESOLUTION, force_upcast=False)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4,
+                        sample_size=RESOLUTION, mid_block_add_attention=False, force_upcast=False)
 
     def loss_at(step):
         batch = images[torch.randint(len(images), (batch_size,))].float() / 127.5 - 1
         posterior = vae.encode(batch).latent_dist
-        return F.l1_loss(vae.decode(posterior.sample()).sample, batch) + 3e-4 * posterior.kl().mean() / (4 * 8 * 8)
+        return F.l1_loss(vae.decode(posterior.sample()).sample, batch) + 3e-4 * posterior.kl().mean() / (4 * 16 * 16)
 
     _minimise(vae.parameters(), loss_at, steps, learning_rate=2e-3, name="autoencoder")
     with torch.no_grad():
@@ -119,11 +119,11 @@ def train_text_encoder(steps: int, seed: int, batch_size: int = 64) -> CLIPTextM
 
 
 def new_unet() -> UNet2DConditionModel:
-    """The base's UNet, untrained: two levels with cross-attention at both."""
-    return UNet2DConditionModel(sample_size=RESOLUTION // 4, block_out_channels=(64, 80), layers_per_block=1,
-                                norm_num_groups=16, cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,
-                                down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))
+    """The base's UNet, untrained: three levels, with cross-attention at the second and in the middle."""
+    return UNet2DConditionModel(sample_size=RESOLUTION // 2, block_out_channels=(24, 48, 96), layers_per_block=1,
+                                norm_num_groups=8, cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,
+                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+                                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
 
 
 def write_training_pairs(folder: Path, num_pairs: int, seed: int) -> None:

@@ -57,7 +57,7 @@ WINNER_ONLY = ("sft", "winner only")
 CONFIGURATIONS = [(method, variant) for method in METHODS for variant in VARIANTS] + [WINNER_ONLY]
 SELECTION_SEED = 1000
 TIMESTEPS = 3  # at which each held-out pair's errors are measured, one in each third of the schedule
-LATENT_SHAPE = (4, 8, 8)
+LATENT_SHAPE = (4, 16, 16)
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Run:
 def build_world(settings: Settings) -> None:
     """Pairs, their latents, the prompts' embeddings and the base's images, in OUTPUT/world.pt and OUTPUT/runs/base.json.
 
-    train, held_out: mean, std (n, 2, 4, 8, 8) of the latents, winners first, and text (n, 77, 64); empty: (77, 64).
+    train, held_out: mean, std (n, 2, 4, 16, 16) of the latents, winners first, and text (n, 77, 64); empty: (77, 64).
     """
     output = Path(settings.output)
     pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline())

@@ -1,8 +1,8 @@
 """Drawn shapes: captions, the drawings they describe, and the flaws a drawing can have.
 
-    >>> drawing = parse("a large red circle at the top left on a blue background")
+    >>> drawing = parse("a small red circle at the top left on a blue background")
     >>> caption(drawing)
-    'a large red circle at the top left on a blue background'
+    'a small red circle at the top left on a blue background'
     >>> render(drawing, 64)                                  # a clean PIL image
     >>> render(drawing, 64, Flaws(blur=0.5))                 # the same, blurred
 """
@@ -18,8 +18,8 @@ COLOURS = {
     "red": (220, 30, 35), "orange": (250, 140, 20), "yellow": (250, 225, 50), "green": (35, 150, 60),
     "blue": (40, 80, 215), "purple": (140, 50, 170), "black": (20, 20, 20), "white": (245, 245, 245),
 }
-KINDS = ("circle", "square", "triangle", "diamond", "star", "cross")
-SIZES = {"small": 0.13, "medium": 0.18, "large": 0.27}  # radius of the circle of equal area, as a share of the side
+KINDS = ("circle", "square", "triangle", "cross")
+SIZES = {"small": 0.14, "medium": 0.19, "large": 0.28}  # radius of the circle of equal area, as a share of the side
 POSITIONS = {  # centre of the shape as a share of the side; "centre" is what a caption without a position means
     "centre": (0.5, 0.5), "at the top left": (0.3, 0.3), "at the top right": (0.7, 0.3),
     "at the bottom left": (0.3, 0.7), "at the bottom right": (0.7, 0.7),
@@ -96,15 +96,11 @@ def parse(text: str) -> Drawing:
 def outline(kind: str, radius: float) -> list[tuple[float, float]]:
     """Corner points, around (0, 0), of a shape whose area is that of a circle of `radius`."""
     if kind == "circle":
-        points = _ring([1.0] * 64)
+        points = _ring(64)
     elif kind == "square":
         points = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
-    elif kind == "diamond":
-        points = [(0, -1.3), (0.8, 0), (0, 1.3), (-0.8, 0)]
     elif kind == "triangle":
-        points = _ring([1.0] * 3)
-    elif kind == "star":
-        points = _ring([1.0, 0.42] * 5)
+        points = _ring(3)
     elif kind == "cross":
         points = [(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1),
                   (-1, -1)]
@@ -136,7 +132,7 @@ def render(drawing: Drawing, resolution: int = 64, flaws: Flaws = Flaws()) -> Im
     return image
 
 
-def random_drawing(rng: random.Random, several: float = 0.2) -> Drawing:
+def random_drawing(rng: random.Random, several: float = 0.15) -> Drawing:
     """A drawing of one shape, or with probability `several` of two side by side."""
     background, *colours = rng.sample(sorted(COLOURS), 3)
     if rng.random() < several:
@@ -181,10 +177,10 @@ def _with_one_other(drawing, rng, **choices):
     return replace(drawing, shapes=tuple(shapes))
 
 
-def _ring(radii):
-    """Points at equal angles and the given radii, the first one on top."""
-    angles = [2 * math.pi * index / len(radii) - math.pi / 2 for index in range(len(radii))]
-    return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in zip(radii, angles)]
+def _ring(count):
+    """`count` points at equal angles around the unit circle, the first one on top."""
+    angles = [2 * math.pi * index / count - math.pi / 2 for index in range(count)]
+    return [(math.cos(angle), math.sin(angle)) for angle in angles]
 
 
 def _subdivided(points, count):
