@@ -137,13 +137,43 @@ class Server:
     def wait(self) -> list[int] | None:
         return json.loads(self.process.stdout.readline())
 
-    def run(self, launch: Launch, seconds: float = 200.0) -> list[int] | None:
-        self.start(launch, seconds)
-        return self.wait()
-
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(30)
+        self.process.kill()
+        self.process.wait()
+
+
+class TinyTraining:
+    """train.py with the tiny pipeline's settings; `output` and `losses` (by step) tell what the last launch did."""
+
+    def __init__(self, server: Server, base: Path, pairs: Path, folder: Path):
+        self.server, self.base, self.pairs = server, base, pairs
+        self.log, self.losses_file = folder / "log", folder / "losses"
+        self.output, self.losses = "", {}
+
+    def start(self, output: Path, *flags: str, processes: int = 1, pairs: Path | None = None, prelude: str = "",
+              **environment: str) -> list[int]:
+        """Process ids of a launch with these flags; `prelude` is code that is run before it, to break something."""
+        argv = [f"--pretrained_model_name_or_path={self.base}", f"--train_data_dir={pairs or self.pairs}",
+                f"--output_dir={output}", "--resolution=64", "--mixed_precision=no", "--learning_rate=1e-4", "--seed=1",
+                "--lr_warmup_steps=0", "--max_train_steps=4", "--train_batch_size=2", "--report_to=none", *flags]
+        for path in (self.log, self.losses_file):
+            path.unlink(missing_ok=True)
+        environment = {"HF_DATASETS_CACHE": os.environ["HF_DATASETS_CACHE"]} | environment
+        return self.server.start(Launch(argv, processes, str(self.log), str(self.losses_file), prelude, environment))
+
+    def wait(self, expect: int = 0) -> str:
+        """Wait for the launch's end, assert its exit code and return what it printed."""
+        codes = self.server.wait()
+        self.output = self.log.read_text(errors="replace").replace("\r", "\n") if self.log.is_file() else ""
+        lines = self.losses_file.read_text().splitlines() if self.losses_file.is_file() else []
+        self.losses = {step.pop("step"): {name: float.fromhex(value) for name, value in step.items()}
+                       for step in map(json.loads, lines)}
+        assert codes is not None and (expect in codes if expect else not any(codes)), f"{codes}\n{self.output[-4000:]}"
+        return self.output
+
+    def __call__(self, *args, expect: int = 0, **options) -> str:
+        self.start(*args, **options)
+        return self.wait(expect)
 
 
 def serve() -> None:

@@ -31,6 +31,17 @@ def allowed_bad_pairs(seen: int, fraction: float) -> float:
     return max(1.0, fraction * seen + 3.0 * math.sqrt(fraction * seen))
 
 
+def is_finite(accelerator: Accelerator, logs: dict[str, float]) -> bool:
+    """Whether the optimizer may step, from the reduced scalars: the loss is finite, and so is the gradient's norm.
+
+    In fp16 a gradient that overflows while the scale is above 1 is the scaler's business: it skips the step by itself
+    and halves the scale, some seventeen times at the start of a run.
+    """
+    if not math.isfinite(logs["train_loss"]):
+        return False
+    return math.isfinite(logs["grad_norm"]) or accelerator.scaler is not None and accelerator.scaler.get_scale() > 1.0
+
+
 class RunningMean:
     """Mean over about the last `span` values: exponential weights, unbiased from the first value on."""
 
@@ -173,7 +184,7 @@ class Guards:
         self.bad_pairs += replaced
         if replaced:
             self._write_together(self.bad_data, self.replaced)
-        finite = math.isfinite(logs["train_loss"]) and (math.isfinite(logs["grad_norm"]) or self._scaler_will_adapt())
+        finite = is_finite(self.accelerator, logs)
         if finite:
             self.skipped_in_a_row = 0
         else:
@@ -189,10 +200,6 @@ class Guards:
                 warn(warning)
         logs |= {"bad_pairs": float(self.bad_pairs), "skipped_steps": float(self.skipped_steps)}
         return finite
-
-    def _scaler_will_adapt(self) -> bool:
-        """fp16: a gradient that overflows at a scale above 1 is the scaler's business, it skips the step and halves."""
-        return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() > 1.0
 
     def _locate(self, step: int, logs: dict[str, float]) -> dict:
         """This process's pairs of the step: those whose margin is not finite; else those of micro-batches whose loss is
