@@ -23,7 +23,10 @@ done
 
 gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
 processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
-if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi
 say "generating on $gpus GPU(s), $processes process(es)"
-run "$PYTHON" -m accelerate.commands.launch --quiet --config_file "$ROOT/configs/accelerate/$config.yaml" \
-  --num_processes "$processes" --main_process_port 0 -m eval.generate "$@"
+if [ "$processes" -gt 1 ]; then
+  run "$PYTHON" -m accelerate.commands.launch --quiet --config_file "$ROOT/configs/accelerate/one_node.yaml" \
+    --num_processes "$processes" --main_process_port 0 -m eval.generate "$@"
+else
+  run "$PYTHON" -m eval.generate "$@"
+fi
