@@ -96,6 +96,8 @@ class SPMArguments:
     report_to: str = option("tensorboard", "tracker of accelerate: tensorboard, wandb, ..., all or none")
     tracker_project_name: str = option("spm", "project name in the tracker")
 
+    lora_rank = 0  # no option here: the whole model is trained, and its checkpoints say so
+
     @property
     def data_source(self) -> str | None:
         return self.train_data_dir or self.dataset_name
