@@ -72,7 +72,8 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
     cache = CachedDataset(args.cached_dataset) if args.cached_dataset else None
     with accelerator.main_process_first():
         table = cache.rows() if cache else load_table(args)
-    labels = ai_feedback_labels(table, args, accelerator) if args.choice_model else None
+    images = load_table(args) if cache and args.choice_model else table  # a cache has no images to judge
+    labels = ai_feedback_labels(images, args, accelerator) if args.choice_model else None
     pairs = choose_pairs(table, args, args.seed, labels)
 
     # 3. Models: frozen encoders, policy, and the reference it is compared with.
@@ -121,12 +122,14 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
                 inputs = noisy_batch(batch, models, args)
                 with accelerator.autocast():
                     ref_pred = predict_reference(models, unwrapped, inputs) if args.needs_reference else None
-                result = preference_loss(predict(policy, inputs), ref_pred, inputs.target, loss_config)
+                with accelerator.autocast():  # a context of its own: weights that the first one cast carry no gradient
+                    model_pred = predict(policy, inputs)
+                result = preference_loss(model_pred, ref_pred, inputs.target, loss_config)
                 accelerator.backward(result.loss)
                 scalars.add(result.logs)
                 guards.note(inputs.timesteps, result)
         done = step + 1
-        grad_norm = gradient_norm(accelerator, policy, trainable, args)
+        grad_norm = gradient_norm(accelerator, policy, args)
         logs = scalars.reduce(accelerator, grad_norm=grad_norm, **guards.flags())
         finite = guards.settle_together(done, logs)
         take_step(accelerator, optimizer, lr_scheduler, finite)

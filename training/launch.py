@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, InitProcessGroupKwargs,
+                              ProjectConfiguration, set_seed)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from training.arguments import TrainArguments
 from training.checkpoints import claim_output_dir
@@ -24,9 +27,14 @@ def start_accelerator(args: TrainArguments, process_timeout: float = 1800.0) -> 
     process_timeout: seconds that a process waits for the others in a collective before the run ends.
     """
     project = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir)))
+    fsdp = None
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # Parameters stay float32 and the forward pass runs under autocast, as without sharding: so the reference is exact.
+        fsdp = FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
     several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     try:
         accelerator = Accelerator(
+            fsdp_plugin=fsdp,
             cpu=several_on_cpu,  # else accelerate leaves each process on its own
             mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to, project_config=project,
@@ -54,11 +62,13 @@ def identify_run(args: TrainArguments, accelerator: Accelerator) -> None:
     set_seed(args.seed)
 
 
-def gradient_norm(accelerator: Accelerator, policy, trainable: list, args: TrainArguments):
+def gradient_norm(accelerator: Accelerator, policy, args: TrainArguments):
     """The norm before clipping, as a tensor on the device; the gradients are clipped where the published rule says."""
     max_norm = args.max_grad_norm if clips_gradients(args) else math.inf
-    norm = accelerator.clip_grad_norm_(trainable, max_norm)
-    return norm if norm is not None else 0.0  # DeepSpeed clips by itself
+    norm = accelerator.clip_grad_norm_(policy.parameters(), max_norm)
+    if norm is None:  # DeepSpeed clips by itself
+        return 0.0
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2's parameters are sharded, and so is this
 
 
 def take_step(accelerator: Accelerator, optimizer, lr_scheduler, finite: bool) -> None:

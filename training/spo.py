@@ -134,7 +134,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
                 break
             logs = learn_from(pairs[start:start + group_size], policy, unwrapped, models, conditioning, scheduler,
                               args, accelerator)
-            logs["grad_norm"] = float(gradient_norm(accelerator, policy, trainable, args))
+            logs["grad_norm"] = float(gradient_norm(accelerator, policy, args))
             finite = is_finite(logs, accelerator)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             take_step(accelerator, optimizer, lr_scheduler, finite)
