@@ -19,7 +19,7 @@ from shapes.preferences import write_preferences
 from training.errors import UserError, run_program
 from training.logs import read_metrics
 
-PROMPTS = ["a red circle on a blue background", "a yellow star on a green background",
+PROMPTS = ["a red circle on a blue background", "a yellow cross on a green background",
            "a blue square on a white background", "a green triangle on a yellow background",
            "a purple circle on a black background", "a white square on a red background"]
 LAST_STEPS = 10  # the table's figures are means over these
