@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from training.errors import UserError, first_line
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -70,34 +72,59 @@ def from_hub(model_class, name: str | os.PathLike, what: str, **kwargs):
                         f"cannot be reached ({first_line(error)[:200]})") from None
 
 
-def is_lora(state: dict[str, torch.Tensor]) -> bool:
-    return any("lora" in key for key in state)
+def is_lora(keys) -> bool:
+    return any("lora" in key for key in keys)
 
 
 def lora_file(path: str | os.PathLike) -> Path | None:
-    """The LoRA weights file that `path` names: the file itself, or a folder with pytorch_lora_weights.safetensors."""
+    """The LoRA weights file that `path` names: the file itself, or a folder with pytorch_lora_weights.safetensors or
+    with a single .safetensors file of LoRA keys and no config.json."""
     path = Path(path)
-    if path.is_dir() and (path / LORA_FILE).is_file():
-        return path / LORA_FILE
+    if path.is_dir():
+        if (path / LORA_FILE).is_file():
+            return path / LORA_FILE
+        weights = list(path.glob("*.safetensors"))
+        return lora_file(weights[0]) if len(weights) == 1 and not (path / "config.json").is_file() else None
     if path.suffix == ".safetensors" and path.is_file():
         try:
             with safe_open(path, framework="pt") as handle:
-                return path if any("lora" in key for key in handle.keys()) else None
+                return path if is_lora(handle.keys()) else None
         except SafetensorError as error:
             raise UserError(f"{path} is damaged or no safetensors file: {first_line(error)}") from None
     return None
 
 
-def merge_lora(unet: UNet2DConditionModel, path: str | os.PathLike) -> None:
-    """Add LoRA weights (diffusers format, SD1.5 or SDXL) onto `unet` and fuse them, so that it is a plain UNet again."""
-    state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(load_file(path))
+def merge_lora(unet: UNet2DConditionModel, state: dict[str, torch.Tensor], source: str | os.PathLike) -> None:
+    """Add LoRA weights (diffusers' or Kohya's names, SD1.5 or SDXL) onto `unet` and fuse them, so that it is a plain
+    UNet again. Parts for the text encoders are left out. Raises UserError when they do not fit, in part or at all."""
+    state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=unet.config)
     state = {key: value for key, value in state.items() if not key.startswith(("text_encoder.", "text_encoder_2."))}
+    layers = sum(key.endswith((".lora_A.weight", "lora.down.weight", "_lora.down.weight")) for key in state)
     try:
-        StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, alphas, unet)
+        if layers:
+            StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, alphas, unet)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"the LoRA weights {path} do not fit this UNet: {first_line(error)[:300]}") from None
+        raise UserError(f"the LoRA weights {source} do not fit this UNet: {first_line(error)[:300]}") from None
+    found = sum(isinstance(module, BaseTunerLayer) for module in unet.modules())
+    if not layers or found != layers:
+        raise UserError(f"the LoRA weights {source} do not fit this UNet: {found} of their {layers} layers are in it. "
+                        "Are they of the other base model (SD1.5 or SDXL)?")
     unet.fuse_lora()
     unet.unload_lora()
+
+
+def check_same_base(unet: UNet2DConditionModel, base: str | os.PathLike, source: str, **hub) -> None:
+    """Raises UserError when a whole UNet is not one for the pipeline `base`, whose text encoders and latents it must
+    fit."""
+    try:
+        config = UNet2DConditionModel.load_config(base, subfolder="unet", **hub)
+    except (OSError, ValueError):
+        return  # whoever needs the base says so when loading it
+    for name in ("cross_attention_dim", "addition_embed_type", "in_channels", "projection_class_embeddings_input_dim"):
+        own, expected = unet.config.get(name), config.get(name)
+        if own != expected:
+            raise UserError(f"{source} does not fit {base}: its {name} is {own}, not {expected}. "
+                            "Is it a checkpoint of the other base model (SD1.5 or SDXL)?")
 
 
 def load_unet(base: str | os.PathLike, unet_path: str | os.PathLike | None = None, *, revision: str | None = None,
@@ -105,50 +132,61 @@ def load_unet(base: str | os.PathLike, unet_path: str | os.PathLike | None = Non
     """The UNet of the pipeline `base`, with the weights that `unet_path` names put in, in float32.
 
     `unet_path` is one of: None or "base" (the base model itself); a unet.pth; a .safetensors state dict; a diffusers
-    folder, with or without unet/; a hub id; LoRA weights (a file, or a folder with pytorch_lora_weights.safetensors)
-    that are merged into the base. Raises UserError naming the key and shape of what does not fit.
+    folder, with or without unet/; a hub id; LoRA weights (a file, or a folder that holds one) that are merged into the
+    base. Raises UserError naming the key and shape of what does not fit.
     """
-    if unet_path is not None and str(unet_path) != "base" and Path(unet_path).is_dir() and lora_file(unet_path) is None:
-        folder = Path(unet_path)
-        if (folder / "unet.pth").is_file() and not (folder / "config.json").is_file() and not (folder / "unet").is_dir():
-            unet_path = folder / "unet.pth"  # a checkpoint-STEP folder
+    hub = {"revision": revision, "cache_dir": cache_dir}
+    path = None if unet_path is None or str(unet_path) == "base" else Path(unet_path)
+    if path is not None and path.is_dir() and lora_file(path) is None:
+        whole = (path / "unet").is_dir() or (path / "config.json").is_file()
+        if not whole and (path / "unet.pth").is_file():
+            path = path / "unet.pth"  # a checkpoint-STEP folder
         else:
-            subfolder = "unet" if (folder / "unet").is_dir() else None
-            return from_hub(UNet2DConditionModel, folder, "the UNet", subfolder=subfolder)
-    is_file = unet_path is not None and (Path(unet_path).suffix in (".pth", ".pt", ".bin", ".safetensors")
-                                         or Path(unet_path).exists())
-    if unet_path is not None and str(unet_path) != "base" and not is_file:  # a hub id: a pipeline, a bare UNet or LoRA
-        return _unet_from_hub_id(base, str(unet_path), revision, cache_dir)
+            subfolder = "unet" if (path / "unet").is_dir() else None
+            unet = from_hub(UNet2DConditionModel, path, "the UNet", subfolder=subfolder)
+            check_same_base(unet, base, str(path), **hub)
+            return unet
+    if path is not None and not path.exists() and path.suffix not in WEIGHT_FILES:
+        return _unet_from_hub_id(base, str(unet_path), hub)  # a pipeline, a bare UNet or LoRA
 
-    unet = from_hub(UNet2DConditionModel, base, "the UNet", subfolder="unet", revision=revision, cache_dir=cache_dir)
-    if unet_path is None or str(unet_path) == "base":
+    unet = from_hub(UNet2DConditionModel, base, "the UNet", subfolder="unet", **hub)
+    if path is None:
         return unet
-    lora = lora_file(unet_path)
-    if lora is not None:
-        merge_lora(unet, lora)
+    state = read_state_dict(lora_file(path) or path)
+    if is_lora(state):
+        merge_lora(unet, state, path)
     else:
-        load_strictly(unet, read_state_dict(unet_path), unet_path)
+        load_strictly(unet, state, path)
     return unet
 
 
-def _unet_from_hub_id(base, name: str, revision, cache_dir) -> UNet2DConditionModel:
-    from huggingface_hub import hf_hub_download
+def _unet_from_hub_id(base, name: str, hub: dict) -> UNet2DConditionModel:
+    from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    for filename, subfolder in (("unet/config.json", "unet"), ("config.json", None), (LORA_FILE, None)):
-        try:
-            path = hf_hub_download(name, filename, cache_dir=cache_dir)
-        except LocalEntryNotFoundError as error:
-            raise UserError(f"no file or folder {name} here, and the hub cannot be reached for it "
-                            f"({first_line(error)[:120]})") from None
-        except EntryNotFoundError:
-            continue
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise UserError(f"no file or folder {name} here, and the hub does not give it "
-                            f"({first_line(error)[:160]})") from None
-        if filename == LORA_FILE:
-            unet = load_unet(base, None, revision=revision, cache_dir=cache_dir)
-            merge_lora(unet, path)
+    cache_dir = hub["cache_dir"]
+    try:
+        for filename, subfolder in (("unet/config.json", "unet"), ("config.json", None)):
+            try:
+                hf_hub_download(name, filename, cache_dir=cache_dir)
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                continue
+            unet = from_hub(UNet2DConditionModel, name, "the UNet", subfolder=subfolder, cache_dir=cache_dir)
+            check_same_base(unet, base, name, **hub)
             return unet
-        return from_hub(UNet2DConditionModel, name, "the UNet", subfolder=subfolder, cache_dir=cache_dir)
-    raise UserError(f"the hub's {name} holds neither a UNet nor {LORA_FILE}")
+        weights = [file for file in list_repo_files(name) if file.endswith(".safetensors")]
+        filename = LORA_FILE if LORA_FILE in weights else weights[0] if len(weights) == 1 else None
+        path = hf_hub_download(name, filename, cache_dir=cache_dir) if filename else None
+    except LocalEntryNotFoundError as error:
+        raise UserError(f"no file or folder {name} here, and the hub cannot be reached for it "
+                        f"({first_line(error)[:120]})") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"no file or folder {name} here, and the hub does not give it "
+                        f"({first_line(error)[:160]})") from None
+    if path is None:
+        raise UserError(f"the hub's {name} holds neither a UNet nor one file of LoRA weights ({LORA_FILE})")
+    unet = load_unet(base, None, **hub)
+    merge_lora(unet, read_state_dict(path), name)
+    return unet

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ def test_a_missing_group_is_built_or_told(tmp_path):
         shutil.copytree(SCRIPTS.parents[1] / name, root / name,
                         ignore=shutil.ignore_patterns("papv2.json", "__pycache__"))
     result = subprocess.run(["bash", str(root / "scripts/eval/generate.sh"), "--unet_path", "x", "--prompts", "papv2"],
-                            capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+                            capture_output=True, text=True, timeout=120,
+                            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHON": sys.executable})
     assert result.returncode == 1
     assert "prompts/papv2.json is missing: building it" in result.stdout and "--source" in result.stderr
