@@ -18,7 +18,7 @@ def test_fsdp2_trains_saves_and_resumes(tiny_sd15, pairs_dir, tmp_path, run):
     settings = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
     environment = {name.upper().replace("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP"): str(value)
                    for name, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 0,
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
                ROOT / "tests" / "training" / "fsdp_on_cpu.py", "--pretrained_model_name_or_path", tiny_sd15,
                "--train_data_dir", pairs_dir, "--resolution", 64, "--mixed_precision", "bf16", "--max_train_steps", 2,
                "--lr_warmup_steps", 0, "--learning_rate", 1e-4, "--train_batch_size", 1, "--seed", 1,
