@@ -3,8 +3,9 @@
 # prompts/ lacks are built first. NUM_PROCESSES sets the number of processes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+need_packages
 
-groups=(); reading=no
+groups=(papv2 hpsv2 partiprompts); reading=no
 for word in "$@"; do
   case "$word" in
     --prompts) groups=(); reading=yes ;;

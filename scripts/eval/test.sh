@@ -5,6 +5,7 @@
 # others (--prompts, --limit, --seed, ...) to eval.generate.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+need_packages
 
 kind="$1"; shift
 if [ $# -lt 1 ] || [[ "$1" == -* ]]; then

@@ -3,4 +3,5 @@
 #            [--outdir output/vs_eval] [other eval.compare flags]: win rates of A over B and a page to look at.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+need_packages
 run "$PYTHON" -m eval.compare "$@"

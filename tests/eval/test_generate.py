@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,28 @@ def test_equals_a_plain_diffusers_pipeline(kind, convention, request, prompt_fil
     assert np.abs(ours[0] - ours[4]).max() > 1  # the prompt matters
 
 
+def test_the_pipelines_own_scheduler(tiny_sd15, sd15_run, prompt_file):
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--scheduler", "default", "--cfg_convention", "diffusers"))
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sd15, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    for image, prompt in zip(pixels(sd15_run.parent / STEM), PROMPTS):
+        theirs = pipeline(prompt, negative_prompt="", height=64, width=64, num_inference_steps=3, guidance_scale=7.5,
+                          generator=torch.Generator().manual_seed(0)).images[0]
+        assert np.abs(image - np.asarray(theirs).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("latents", ["float32", "unet"])
+def test_bfloat16_is_close_and_told(latents, tiny_sd15, sd15_run, prompt_file, tmp_path):
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 2))
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 2, "--mixed_precision", "bf16",
+                            "--latents_dtype", latents, "--output_dir", tmp_path / "half"))
+    metadata = json.loads((tmp_path / "half" / f"{STEM}.json").read_text())[0]["metadata"]
+    told = [metadata[f"{name}_dtype"] for name in ("unet", "text_encoder", "noise", "vae", "latents")]
+    assert told == ["bfloat16"] * 3 + ["float32", {"unet": "bfloat16"}.get(latents, "float32")]
+    difference = np.abs(pixels(sd15_run.parent / STEM) - pixels(tmp_path / "half" / STEM))
+    assert 0 < difference.mean() < 8
+
+
 def test_manifest_names_files_and_settings(tiny_sd15, sd15_run, prompt_file):
     listed = sd15_run.parent / "listed"
     generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--manifest_list", listed))
@@ -66,7 +89,6 @@ def test_manifest_names_files_and_settings(tiny_sd15, sd15_run, prompt_file):
     assert (metadata["seed"], metadata["index"], metadata["latents_dtype"]) == (0, 3, "float32")
     assert [read_prompt(folder / f"{index}_64x64.png") for index in range(5)] == PROMPTS
     assert Image.open(folder / "0_64x64.png").getexif()[IMAGE_DESCRIPTION] == PROMPTS[0]
-    import zipfile
     assert len(zipfile.ZipFile(sd15_run.parent / f"{STEM}.zip").namelist()) == 5
 
 
@@ -86,8 +108,7 @@ def test_several_images_a_prompt_are_seeded_with_seed_plus_k(tiny_sd15, sd15_run
     seed_one = pixels(tmp_path / "one" / STEM.replace("seed0", "seed1"))
     for index in (0, 1):
         assert np.abs(np.asarray(Image.open(two / f"{index}_1_64x64.png")).astype(int) - seed_one[index]).max() <= 1
-    entries = json.loads(two.with_suffix(".json").read_text()) if two.with_suffix(".json").exists() else json.loads(
-        (tmp_path / "two" / f"{STEM}.json").read_text())
+    entries = json.loads((tmp_path / "two" / f"{STEM}.json").read_text())
     assert [entry["metadata"]["image_seed"] for entry in entries] == [0, 1, 0, 1]
 
 
