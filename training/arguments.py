@@ -132,7 +132,7 @@ def yaml_to_argv(path: str, known: list[str]) -> list[str]:
     """A yaml file of `flag: value` as command-line words, so that one parser checks both; the real words come after."""
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the configuration {path}: {first_line(error)}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold lines of `flag: value`, not a {type(settings).__name__}")
@@ -231,8 +231,13 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
         raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
     if args.train_method != "spo" and args.data_source is None and args.cached_dataset is None:
         raise UserError("name the preference pairs: --dataset_name (hub id, folder or parquet) or --train_data_dir")
+    if args.cached_dataset and args.choice_model and args.data_source is None:
+        raise UserError("--choice_model looks at the images, which a cache does not hold: name them too, with "
+                        "--train_data_dir or --dataset_name")
     if args.cached_dataset and args.random_crop:
         raise UserError("--cached_dataset holds centre crops: drop --random_crop, or train without a cache")
+    if any("\ud800" <= character <= "\udfff" for character in "".join(args.validation_prompts)):
+        raise UserError("--validation_prompts holds bytes that are not UTF-8 text")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must lie in [0, 2^63), not {args.seed}")
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
@@ -51,19 +52,26 @@ class CacheArguments:
 
 
 class ImageRows(torch.utils.data.Dataset):
-    """Row number -> its images (k, 3, H, W) uint8, not flipped, and the reason why they cannot be used ("" if they can)."""
+    """Row number -> its images (k, 3, H, W) uint8, not flipped, and which columns cannot be used, as JSON."""
 
     def __init__(self, table: datasets.Dataset, columns: list[str], resolution: int):
         self.table, self.columns, self.resolution = table.select_columns(columns), columns, resolution
 
     def __getitem__(self, row: int) -> dict:
+        pixels = torch.zeros(len(self.columns), 3, self.resolution, self.resolution, dtype=torch.uint8)
+        faults = {}
         try:
-            images = decode_images(read_row(self.table, row), self.columns)
-            pixels = [cut_square(image, self.resolution) for image in images]
-            return {"row": row, "pixels": torch.stack(pixels), "fault": ""}
+            cells = read_row(self.table, row)
+            for number, column in enumerate(self.columns):
+                try:
+                    pixels[number] = cut_square(*decode_images(cells, [column]), self.resolution)
+                except BadPair as error:
+                    faults[error.column] = error.reason
+            if not faults and len(pixels) == 2 and torch.equal(*pixels):
+                decode_images(cells, self.columns)  # refuses the same file twice
         except BadPair as error:
-            size = (len(self.columns), 3, self.resolution, self.resolution)
-            return {"row": row, "pixels": torch.zeros(size, dtype=torch.uint8), "fault": str(error)}
+            faults[error.column] = error.reason
+        return {"row": row, "pixels": pixels, "faults": json.dumps(faults) if faults else ""}
 
 
 @torch.no_grad()
@@ -119,7 +127,7 @@ def write_pairs(folder: Path, table: datasets.Dataset, columns: list[str], model
     for batch in tqdm(loader, desc="caching", unit="batch", disable=not accelerator.is_local_main_process):
         pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
         moments.append(encode_views(models.vae, pixels, flips=not args.no_hflip).cpu())
-        faults |= {int(row): fault for row, fault in zip(batch["row"], batch["fault"]) if fault}
+        faults |= {int(row): json.loads(found) for row, found in zip(batch["row"], batch["faults"]) if found}
         last = int(batch["row"][-1])
         if last + 1 == rows or (last + 1) % per_shard == 0:
             write_shard(folder / names[last // per_shard], {"moments": torch.cat(moments)},
@@ -155,12 +163,20 @@ def claim_folder(folder: Path, settings: dict) -> None:
 
 
 def make_cache(args: TrainArguments, options: CacheArguments, accelerator: Accelerator) -> None:
-    folder = Path(args.cached_dataset)
+    """Load what the arguments name and encode it. Raises UserError."""
     models = load_tokenizers_and_scheduler(args)
     with accelerator.main_process_first():
         table = load_table(args)
-        columns = choose_pairs(table, args, seed=0).image_columns  # which also tells what is wrong with the columns
+    labels = np.ones(len(table)) if args.choice_model else None  # those come later, from the images
+    columns = choose_pairs(table, args, 0, labels).image_columns  # which also tells what is wrong with the table
     load_frozen_encoders(models, args, COMPUTE_DTYPES[args.mixed_precision], accelerator.device)
+    encode_table(table, columns, models, args, options, accelerator)
+
+
+def encode_table(table: datasets.Dataset, columns: list[str], models: Models, args: TrainArguments,
+                 options: CacheArguments, accelerator: Accelerator) -> None:
+    """Write the whole cache, or what is missing of it; every process must call this. Raises UserError."""
+    folder = Path(args.cached_dataset)
     settings = cache_settings(args, models) | {"rows": len(table), "pairs_per_shard": options.pairs_per_shard}
     if accelerator.is_main_process:
         claim_folder(folder, settings)
@@ -185,7 +201,7 @@ def make_cache(args: TrainArguments, options: CacheArguments, accelerator: Accel
                     "pairs_per_shard": options.pairs_per_shard, "prompts_per_shard": PROMPTS_PER_SHARD}
         write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
         size = sum(manifest["shards"].values()) / 2**30
-        print(f"Done: {folder}, {size:.2f} GiB, {len(faults)} rows with unusable images", flush=True)
+        print(f"Done: {folder}, {size:.2f} GiB, {len(faults)} rows with images that cannot be used", flush=True)
     accelerator.wait_for_everyone()
 
 

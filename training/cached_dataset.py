@@ -116,13 +116,15 @@ class CachedDataset:
         """The table without its images."""
         return datasets.load_from_disk(str(self.folder / ROWS))
 
-    def moments(self, row: int, images: list[int], flipped: list[bool]) -> Tensor:
-        """The VAE's mean and log-variance of the given images of a row, each flipped or not: (k, 2C, h, w).
+    def check_images(self, row: int, columns: list[str]) -> None:
+        """Raises BadPair where decoding these columns would."""
+        faults = self.faults.get(row, {})
+        for column in ("row", *columns, ", ".join(sorted(columns))):
+            if column in faults:
+                raise BadPair(column, faults[column])
 
-        Raises BadPair, as decoding would, for a row whose images cannot be used.
-        """
-        if row in self.faults:
-            raise BadPair(*self.faults[row].split(": ", 1))
+    def moments(self, row: int, images: list[int], flipped: list[bool]) -> Tensor:
+        """The VAE's mean and log-variance of the given images of a row, each flipped or not: (k, 2C, h, w)."""
         shard, number = divmod(row, self.pairs_per_shard)
         file = _open_shard(str(self.folder / f"pairs-{shard:05}.safetensors"), os.getpid())
         stored = file.get_slice("moments")

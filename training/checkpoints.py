@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import load as load_plain
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -384,12 +385,14 @@ def refuse_pickles(folder: Path, accelerator: Accelerator, args) -> None:
     """Refuse what would run code when loaded. Raises UserError.
 
     accelerate unpickles the states of registered objects, and so do the sharded formats of torch and DeepSpeed: the
-    former are tried without running anything, the latter are taken from the run's own folder alone.
+    former are tried without running anything, the latter are taken from the run's own folder alone. Random states it
+    would pass over without a word when they cannot be loaded.
     """
-    for path in sorted(folder.glob("custom_checkpoint_*.pkl")):
+    states = folder / f"random_states_{accelerator.process_index}.pkl"
+    for path in [*sorted(folder.glob("custom_checkpoint_*.pkl")), *([states] if states.is_file() else [])]:
         try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:
+            load_plain(path, map_location="cpu")  # torch.load with weights_only, and what random states are made of
+        except Exception:  # whatever a damaged file makes torch stumble over
             raise UserError(f"{path} is damaged or asks to run code when loaded: it was refused, nothing in it was "
                             "executed") from None
     if sharded(accelerator) and folder.resolve().parent != Path(args.output_dir).resolve():

@@ -213,10 +213,12 @@ class PairDataset(torch.utils.data.Dataset):
         uniform = draw.flip[[0, 0]] if args.paired_hflip else draw.flip
         flips = [not args.no_hflip and bool(uniform[i] < 0.5) for i in range(len(members))]
         item = {"vae_noise": draw.vae_noise[:len(members)]}
+        columns = [self.pairs.image_columns[member] for member in members]
         if self.cache is not None:
+            self.cache.check_images(self.row(index), columns)
             return item | {"moments": self.cache.moments(self.row(index), members, flips)} | self.cache.prompt(caption)
         crops = draw.crop if args.random_crop else [None, None]
-        images = decode_images(row, [self.pairs.image_columns[member] for member in members])
+        images = decode_images(row, columns)
         item["pixel_values"] = torch.stack([cut_square(image, args.resolution, crop, flip)
                                             for image, crop, flip in zip(images, crops, flips)])
         for number, tokenizer in enumerate(self.tokenizers):

@@ -9,7 +9,7 @@ from torch import Tensor
 from training.arguments import TrainArguments
 from training.images import scale_pixels
 from training.models import (REFINER_AESTHETIC_SCORE, REFINER_TIMESTEPS, TURBO_TIMESTEPS, Models, adapters_off,
-                             is_refiner, is_turbo)
+                             is_refiner, is_turbo, on_device)
 
 
 @dataclass
@@ -117,6 +117,7 @@ def predict(unet, inputs: NoisyBatch) -> Tensor:
 def predict_reference(models: Models, policy, inputs: NoisyBatch) -> Tensor:
     """The reference's prediction: of the frozen copy, or of `policy` (not wrapped) with its adapter off."""
     if models.reference is not None:
-        return predict(models.reference, inputs)
+        with on_device(models.reference, inputs.latents.device) as reference:  # nothing moves where it is at home there
+            return predict(reference, inputs)
     with adapters_off(policy):
         return predict(policy, inputs)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training.arguments import TrainArguments, warn
+from training.compile import compile_blocks
 from training.errors import UserError
 from training.weights import from_hub, load_unet
 
@@ -82,10 +83,16 @@ def load_frozen_encoders(models: Models, args: TrainArguments, dtype: torch.dtyp
 
 
 def load_policy_and_reference(models: Models, args: TrainArguments, dtype: torch.dtype, device: torch.device) -> None:
-    """The trained UNet in float32 (LoRA: its frozen base in `dtype`, the adapter in float32) and its exact reference."""
+    """The base's UNet as policy and reference. Raises UserError."""
     policy = load_unet(args.pretrained_model_name_or_path, args.unet_init, revision=args.revision,
                        cache_dir=args.cache_dir)
     check_conditioning(policy, args)
+    set_up_policy_and_reference(models, policy, args, dtype, device)
+
+
+def set_up_policy_and_reference(models: Models, policy: UNet2DConditionModel, args: TrainArguments, dtype: torch.dtype,
+                                device: torch.device) -> None:
+    """The trained UNet in float32 (LoRA: its frozen base in `dtype`, the adapter in float32) and its exact reference."""
     if args.lora_rank:
         policy.requires_grad_(False)
         cast_compute_weights(policy, dtype)
@@ -93,10 +100,18 @@ def load_policy_and_reference(models: Models, args: TrainArguments, dtype: torch
                                       target_modules=LORA_TARGETS))
         cast_training_params(policy, torch.float32)
     elif args.needs_reference:
-        models.reference = make_reference(policy, dtype).to(device)
+        models.reference = make_reference(policy, dtype)
     if args.gradient_checkpointing or args.sdxl:
         policy.enable_gradient_checkpointing()
     models.policy = policy.train().to(device)
+    if args.channels_last:
+        for unet in filter(None, (policy, models.reference)):
+            unet.to(memory_format=torch.channels_last)
+    if models.reference is not None:
+        keep_on_host(models.reference, device) if args.offload_reference else models.reference.to(device)
+    if args.compile:
+        for unet in filter(None, (policy, models.reference)):
+            compile_blocks(unet)
 
 
 def check_conditioning(unet: UNet2DConditionModel, args: TrainArguments) -> None:
@@ -130,6 +145,25 @@ def make_reference(policy: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DCo
     """
     reference = copy.deepcopy(policy).requires_grad_(False).train()
     return cast_compute_weights(reference, dtype)
+
+
+def keep_on_host(module: nn.Module, device: torch.device) -> None:
+    """Leave a frozen module's weights on the host, in pinned memory, for on_device to fetch."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.pin_memory() if device.type == "cuda" else parameter.data
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device):
+    """A frozen module's weights on the device for a moment; what was fetched is dropped, never copied back."""
+    home = {parameter: parameter.data for parameter in module.parameters() if parameter.device != device}
+    for parameter in home:
+        parameter.data = parameter.data.to(device, non_blocking=True)
+    try:
+        yield module
+    finally:
+        for parameter, data in home.items():
+            parameter.data = data
 
 
 @contextmanager

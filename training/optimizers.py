@@ -1,5 +1,7 @@
 """The optimizer and learning-rate schedule of a run."""
 
+import importlib
+
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 from transformers.optimization import Adafactor
@@ -19,6 +21,8 @@ def optimizer_name(args: TrainArguments) -> str:
     """The published rule where --optimizer is auto: Adafactor for SDXL or where it is asked for, else AdamW."""
     if args.optimizer != "auto":
         return args.optimizer
+    if args.use_8bit_adam:
+        return "adamw8bit"
     return "adafactor" if args.use_adafactor or args.sdxl else "adamw"
 
 
@@ -34,8 +38,23 @@ def make_optimizer(parameters: list, args: TrainArguments, lr: float) -> torch.o
                          scale_parameter=False, relative_step=False)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr)
-    return torch.optim.AdamW(parameters, lr=lr, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
-                             weight_decay=args.adam_weight_decay)
+    settings = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
+                "weight_decay": args.adam_weight_decay}
+    if name == "adamw8bit":
+        return adamw_8bit()(parameters, **settings)
+    # One kernel for all parameters; on the CPU it rounds differently and gains nothing.
+    return torch.optim.AdamW(parameters, **settings, fused=parameters[0].is_cuda)
+
+
+def adamw_8bit() -> type[torch.optim.Optimizer]:
+    """AdamW whose two moments take a byte each: bitsandbytes' where it is installed, else torchao's. UserError."""
+    for library in ("bitsandbytes.optim", "torchao.optim"):
+        try:
+            return importlib.import_module(library).AdamW8bit
+        except (ImportError, AttributeError, OSError, RuntimeError):  # not here, or built for another machine
+            continue
+    raise UserError("8-bit AdamW needs bitsandbytes or torchao, and neither can be used here: pip install bitsandbytes, "
+                    "or choose --optimizer adamw")
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, max_steps: int):

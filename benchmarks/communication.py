@@ -1,0 +1,144 @@
+"""What several processes tell each other in an optimizer step, counted; and a model of the step's time over GPUs.
+
+    python -m benchmarks.communication
+
+counts the collectives of two CPU processes over tiny models, for train.py's way and the official program's. The bytes of
+the gradients' all-reduce are 4 a trainable parameter whatever the model, so the count carries over; the times that
+follow from it are a model, whose assumptions are the flags: give --micro_step_ms what benchmarks.train_step measured.
+"""
+
+import functools
+import json
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.distributed as dist
+from accelerate import debug_launcher
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from transformers import HfArgumentParser
+
+from benchmarks.models import make_unet
+from benchmarks.train_step import Arguments as StepArguments
+from benchmarks.train_step import make_pairs, prepare
+from training.arguments import parse_arguments
+from training.errors import run_program
+from training.launch import start_accelerator
+
+COUNTED = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "barrier",
+           "all_gather_object", "broadcast_object_list")
+
+
+@dataclass
+class Arguments:
+    accumulation: int = field(default=4, metadata={"help": "micro-steps of the counted optimizer step"})
+    model: str = field(default="sd15", metadata={"help": "whose time is modelled: sd15 or sdxl"})
+    micro_step_ms: float = field(default=0.0, metadata={"help": "of 8 pairs on one GPU; as measured by train_step"})
+    optimizer_ms: float = field(default=20.0, metadata={"help": "of an optimizer step on one GPU"})
+    effective_batch: int = field(default=2048, metadata={"help": "pairs in an optimizer step"})
+    node_gbs: float = field(default=300.0, metadata={"help": "GB/s of an all-reduce within a node (its bus bandwidth)"})
+    network_gbs: float = field(default=40.0, metadata={"help": "GB/s of an all-reduce between nodes"})
+    overlap: float = field(default=0.8, metadata={"help": "share of a backward pass that hides communication"})
+
+
+class Collectives:
+    """Counts calls of torch.distributed and the bytes that go into them."""
+
+    def __init__(self):
+        self.calls, self.bytes = Counter(), Counter()
+
+    def __enter__(self):
+        self.originals = {name: getattr(dist, name) for name in COUNTED}
+        for name, function in self.originals.items():
+            setattr(dist, name, functools.partial(self.count, name, function))
+        return self
+
+    def __exit__(self, *_):
+        for name, function in self.originals.items():
+            setattr(dist, name, function)
+
+    def count(self, name, function, *args, **kwargs):
+        self.calls[name] += 1
+        given = args[1] if name == "all_gather_into_tensor" else args[0] if args else kwargs.get("tensor")
+        if isinstance(given, torch.Tensor):
+            self.bytes[name] += given.numel() * given.element_size()
+        return function(*args, **kwargs)
+
+
+def count_steps(folder: str, accumulation: int) -> None:
+    """In each process: one optimizer step of each way, after one that is not counted; the main process writes it down."""
+    diffusers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    options = StepArguments(model="tiny", batch=1, accumulation=accumulation, steps=1)
+    args = parse_arguments(["--pretrained_model_name_or_path=tiny", "--dataset_name=synthetic", "--resolution=128",
+                            "--mixed_precision=no", "--report_to=none", "--seed=0", "--train_batch_size=1",
+                            f"--gradient_accumulation_steps={accumulation}"])
+    accelerator = start_accelerator(args)
+    table, counted = make_pairs(8, 128), {}
+    for variant in ("uncached", "baseline"):
+        bench = prepare(variant, args, options, table, accelerator, Path(folder))
+        assert isinstance(bench.policy, DistributedDataParallel)
+        bench.policy.register_comm_hook(None, allreduce_hook)  # DDP's own reduction, but through torch.distributed
+        bench.optimizer_step()
+        with Collectives() as collectives:
+            bench.optimizer_step()
+        parameters = sum(parameter.numel() for parameter in bench.policy.parameters())
+        counted[variant] = {"calls": collectives.calls, "bytes": collectives.bytes, "parameters": parameters}
+    if accelerator.is_main_process:
+        Path(folder, "counted.json").write_text(json.dumps(counted))
+
+
+def model_times(options: Arguments, parameters: int) -> list[str]:
+    """Lines of a table: step time, speed-up and efficiency over GPUs, for DDP and FSDP2."""
+    lines = ["| GPUs | micro-steps | DDP s | pairs/s | efficiency | FSDP2 s | pairs/s | efficiency |",
+             "|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    micro, per_gpu = options.micro_step_ms / 1000, 8
+    one_gpu = None
+    for gpus in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        accumulation = options.effective_batch // (per_gpu * gpus)
+        bandwidth = (options.node_gbs if gpus <= 8 else options.network_gbs) * 1e9
+        share = (gpus - 1) / gpus
+        hidden = options.overlap * micro / 2  # about half of a micro-step is the backward pass
+        all_reduce = 2 * share * 4 * parameters / bandwidth
+        ddp = accumulation * micro + max(0.0, all_reduce - hidden) + options.optimizer_ms / 1000
+        gathers = 2 * share * 2 * parameters / bandwidth  # bf16 weights, for the forward and again for the backward pass
+        scatter = share * 4 * parameters / bandwidth
+        fsdp = (accumulation * (micro + max(0.0, gathers - options.overlap * micro))
+                + max(0.0, scatter - hidden) + options.optimizer_ms / 1000 / gpus)
+        one_gpu = one_gpu or (options.effective_batch / ddp, options.effective_batch / fsdp)
+        cells = [gpus, accumulation]
+        for seconds, base in zip((ddp, fsdp), one_gpu):
+            rate = options.effective_batch / seconds
+            cells += [f"{seconds:.2f}", f"{rate:.0f}", f"{rate / gpus / base:.1%}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def main() -> None:
+    [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.communication").parse_args_into_dataclasses()
+    with tempfile.TemporaryDirectory() as folder:
+        debug_launcher(count_steps, (folder, options.accumulation), num_processes=2)
+        counted = json.loads(Path(folder, "counted.json").read_text())
+    print(f"An optimizer step of {options.accumulation} micro-steps, tiny model, 2 processes, counted on each:\n")
+    print("| | collectives | all-reduced bytes | bytes a trainable parameter | others |\n|---|---:|---:|---:|---|")
+    for variant, counts in counted.items():
+        others = ", ".join(f"{number} {name}" for name, number in counts["calls"].items() if name != "all_reduce")
+        reduced = counts["bytes"].get("all_reduce", 0)
+        print(f"| {'train.py' if variant == 'uncached' else variant} | {sum(counts['calls'].values())} | {reduced} | "
+              f"{reduced / counts['parameters']:.4f} | {others or 'none'} |")
+    if not options.micro_step_ms:
+        print("\nGive --micro_step_ms for the times over many GPUs.")
+        return
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in make_unet(options.model).parameters())
+    print(f"\n{options.model}: {parameters * 4 / 1e9:.2f} GB all-reduced a step. Modelled, with {options.micro_step_ms:g} ms a "
+          f"micro-step of 8 pairs, {options.node_gbs:g} GB/s in a node of 8, {options.network_gbs:g} GB/s between nodes:\n")
+    print("\n".join(model_times(options, parameters)))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,125 @@
+"""How many pairs a second one CPU core can feed, from JPEGs and from a cache, and how many 64 GPUs would eat.
+
+    python -m benchmarks.data_path [--pairs_per_gpu 20]
+
+CPU time of this process, so that a busy machine does not change it; files are in the page cache. The decoders that could
+replace Pillow are timed as well, and compared with it bit by bit.
+"""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import datasets
+import torch
+import torchvision
+from transformers import HfArgumentParser
+
+from benchmarks.models import UNETS
+from benchmarks.train_step import make_pairs
+from shapes.pipeline import clip_tokenizer
+from training.arguments import parse_arguments
+from training.cache import save_rows, write_shard
+from training.cached_dataset import CachedDataset
+from training.data import PairDataset, choose_pairs, tokenize
+from training.draws import draw_pair
+from training.errors import run_program
+from training.images import cut_square, decode_image, scale_pixels
+
+
+@dataclass
+class Arguments:
+    pairs: int = field(default=32, metadata={"help": "pairs that are read, three times; the best time counts"})
+    pairs_per_gpu: float = field(default=20.0, metadata={"help": "pairs a second of one GPU, for the rate 64 of them need"})
+    gpus: int = field(default=64, metadata={"help": "GPUs to feed"})
+    cores_per_gpu: int = field(default=16, metadata={"help": "CPU cores beside each GPU"})
+
+
+def milliseconds(function: Callable[[int], object], count: int) -> float:
+    """CPU time of a call, the best of three rounds over 0 .. count-1."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.process_time()
+        for number in range(count):
+            function(number)
+        best = min(best, time.process_time() - start)
+    return best / count * 1000
+
+
+def random_cache(folder: Path, table: datasets.Dataset, latent_shape: tuple, widths: dict[str, tuple]) -> CachedDataset:
+    """A cache of random numbers in the real layout."""
+    channels, *side = latent_shape
+    prompts = ["", *table["caption"]]
+    shards = {
+        "pairs-00000.safetensors": {"moments": torch.randn(len(table), 2, 2, 2 * channels, *side).bfloat16()},
+        "prompts-00000.safetensors": {name: torch.randn(len(prompts), *shape).bfloat16() for name, shape in widths.items()}}
+    for name, tensors in shards.items():
+        write_shard(folder / name, tensors)
+    save_rows(table, ["jpg_0", "jpg_1"], folder / "rows")
+    texts = {"settings.json": {}, "prompts.json": prompts, "manifest.json": {
+        "shards": {name: (folder / name).stat().st_size for name in shards}, "faults": {}, "pairs_per_shard": len(table),
+        "prompts_per_shard": len(prompts)}}
+    for name, content in texts.items():
+        (folder / name).write_text(json.dumps(content))
+    return CachedDataset(folder)
+
+
+def measure(side: int, model: str, options: Arguments) -> list[tuple[str, float]]:
+    """(what, milliseconds) for a pair of JPEGs of `side` pixels, and for the cached pair of that model."""
+    table = make_pairs(options.pairs, side)
+    args = parse_arguments(["--pretrained_model_name_or_path=none", "--dataset_name=none", f"--resolution={side}"]
+                           + (["--sdxl"] if model == "sdxl" else []))
+    latent_shape = (4, side // 8, side // 8)
+    tokenizers = [clip_tokenizer() for _ in range(2 if model == "sdxl" else 1)]
+    pairs = choose_pairs(table, args, 0)
+    data = PairDataset(pairs, tokenizers, args, 0, latent_shape)
+    jpegs = table["jpg_0"][:]
+    images = [decode_image(data) for data in jpegs]
+    encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in jpegs]
+    double = make_pairs(4, 2 * side)["jpg_0"][:]
+    rows = [
+        ("a pair from JPEGs", milliseconds(lambda i: data[i, i], options.pairs)),
+        ("  draws (noise, flips, ...)", milliseconds(lambda i: draw_pair(0, i, latent_shape), options.pairs)),
+        ("  decoding, Pillow, 2 images", 2 * milliseconds(lambda i: decode_image(jpegs[i]), options.pairs)),
+        ("  cutting, 2 images", 2 * milliseconds(lambda i: cut_square(images[i], side), options.pairs)),
+        ("  tokenizing", len(tokenizers) * milliseconds(lambda i: tokenize(tokenizers[0], [table[0]["caption"]]), options.pairs)),
+        ("  (not done: scaling to float32, 2 images)", 2 * milliseconds(lambda i: scale_pixels(cut_square(images[i], side)),
+                                                                        options.pairs)),
+        ("  (not used: torchvision's decoder, 2 images)", 2 * milliseconds(
+            lambda i: torchvision.io.decode_jpeg(encoded[i]), options.pairs)),
+        (f"  from {2 * side} pixels: decoding and cutting, 2 images", 2 * milliseconds(
+            lambda i: cut_square(decode_image(double[i]), side), len(double))),
+    ]
+    same = all(torch.equal(torchvision.io.decode_jpeg(e), cut_square(image, side)) for e, image in zip(encoded, images))
+    print(f"{side} px: torchvision decodes to {'the same' if same else 'other'} pixels as Pillow")
+    widths = {"embeddings": (77, UNETS[model]["cross_attention_dim"])} | ({"pooled": (1280,)} if model == "sdxl" else {})
+    with tempfile.TemporaryDirectory() as folder:
+        cache = random_cache(Path(folder), table, latent_shape, widths)
+        cached = PairDataset(choose_pairs(cache.rows(), args, 0), tokenizers, args, 0, latent_shape, cache)
+        rows.append(("a pair from a cache", milliseconds(lambda i: cached[i, i], options.pairs)))
+        print(f"{side} px: a pair moves {sum(t.nbytes for t in data[0, 0].values()) / 2**20:.2f} MiB to the device, cached "
+              f"{sum(t.nbytes for t in cached[0, 0].values()) / 2**20:.2f} MiB; the cache keeps "
+              f"{(cache.folder / 'pairs-00000.safetensors').stat().st_size / len(table) / 2**20:.2f} MiB a pair")
+    return rows
+
+
+def main() -> None:
+    [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.data_path").parse_args_into_dataclasses()
+    torch.set_num_threads(1)
+    need = options.gpus * options.pairs_per_gpu
+    for side, model in ((512, "sd15"), (1024, "sdxl")):
+        rows = measure(side, model, options)
+        print(f"\n| {model}, {side} px | CPU ms | pairs/s a core | cores for {options.gpus} GPUs at {options.pairs_per_gpu:g} "
+              "pairs/s each |\n|---|---:|---:|---:|")
+        for name, spent in rows:
+            whole = not name.startswith(" ")
+            print(f"| {name.strip()} | {spent:.2f} | " + (f"{1000 / spent:.0f} | {need * spent / 1000:.1f} of "
+                                                          f"{options.gpus * options.cores_per_gpu} |" if whole else " | |"))
+        print()
+
+
+if __name__ == "__main__":
+    run_program(main)
