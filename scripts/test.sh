@@ -17,4 +17,5 @@ fi
 
 cd "$ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-run "$PYTHON" -m pytest "$@"
+workers="$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')"
+run "$PYTHON" -m pytest -n "$workers" --dist loadfile "$@"

@@ -8,62 +8,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SMALL = ["--resolution", 64, "--lr_warmup_steps", 0, "--mixed_precision", "no", "--dataloader_num_workers", 0]
-SCALARS = {"train_loss", "implicit_acc_accumulated", "model_mse_unaccumulated", "ref_mse_unaccumulated",
-           "avg_win_diff_loss", "avg_lose_diff_loss", "avg_lose_l_scale", "lr", "margin_mean", "margin_std",
-           "grad_norm", "pairs_per_second", "peak_memory_gb"}
-
-
-def launch(python, processes=1):
-    """accelerate's launcher with one process, or several CPU processes over gloo."""
-    several = ["--multi_gpu", "--num_machines", 1] if processes > 1 else ["--cpu"]
-    return [python, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", processes, *several,
-            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0, "train.py"]
-
-
-def weights(folder):
-    return torch.load(folder / "unet.pth", weights_only=True)
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def scalars(output_dir):
-    events = EventAccumulator(str(output_dir / "logs" / "tuning")).Reload()
-    return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["sd15", "sdxl"])
-@pytest.mark.parametrize("method", ["diffusion_dpo", "dspo", "dmpo"])
-def test_the_published_scripts_train(model, method, tiny_sd15, tiny_sdxl, pairs_dir, tmp_path, run):
-    pipeline = tiny_sd15 if model == "sd15" else tiny_sdxl
-    output = tmp_path / "out"
-    flags = ["--pretrained_model_name_or_path", pipeline, "--train_data_dir", pairs_dir, "--output_dir", output, *SMALL,
-             "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_train_steps", 2, "--seed", 0,
-             "--learning_rate", 1e-6]
-    if model == "sdxl":
-        flags += ["--pretrained_vae_model_name_or_path", pipeline / "vae"]
-    result = run(["bash", f"scripts/train/{model}_{method}.sh", *flags])
-    assert "4 pairs a step = 1 device(s) x 2 x 2 accumulated" in result.stdout
-
-    state, before = weights(output), load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
-    assert {value.dtype for value in state.values()} == {torch.float32}
-    assert state.keys() == before.keys() and not equal(state, before), "the policy moved"
-    reloaded = DiffusionPipeline.from_pretrained(output)
-    assert equal(reloaded.unet.state_dict(), state)
-    image = reloaded("a red circle", num_inference_steps=2, height=64, width=64, output_type="np").images[0]
-    assert image.shape == (64, 64, 3)
-
-    logged = scalars(output)
-    assert SCALARS <= logged.keys() and logged["train_loss"].keys() == {1, 2}
-    if method == "diffusion_dpo":
-        assert logged["train_loss"][1] == pytest.approx(0.6931471805599453, abs=1e-7)
-    assert logged["avg_win_diff_loss"][1] == 0 and logged["margin_mean"][1] == 0 and logged["margin_std"][1] == 0
-    assert 0 < logged["avg_lose_l_scale"][1] < 1, "the preset's safeguard is on"
+from tests.runs import SMALL, equal, launch, scalars, weights
 
 
 @pytest.fixture(scope="module")
