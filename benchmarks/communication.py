@@ -92,6 +92,13 @@ def count_steps(folder: str, accumulation: int) -> None:
         Path(folder, "counted.json").write_text(json.dumps(counted))
 
 
+def count_in_two_processes(accumulation: int) -> dict[str, dict]:
+    """By variant: {"calls", "bytes"} by collective, and the number of trainable "parameters"."""
+    with tempfile.TemporaryDirectory() as folder:
+        debug_launcher(count_steps, (folder, accumulation), num_processes=2)
+        return json.loads(Path(folder, "counted.json").read_text())
+
+
 def model_times(options: Arguments, parameters: int) -> list[str]:
     """Lines of a table: step time, speed-up and efficiency over GPUs, for DDP and FSDP2."""
     lines = ["| GPUs | micro-steps | DDP s | pairs/s | efficiency | FSDP2 s | pairs/s | efficiency |",
@@ -120,9 +127,7 @@ def model_times(options: Arguments, parameters: int) -> list[str]:
 
 def main() -> None:
     [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.communication").parse_args_into_dataclasses()
-    with tempfile.TemporaryDirectory() as folder:
-        debug_launcher(count_steps, (folder, options.accumulation), num_processes=2)
-        counted = json.loads(Path(folder, "counted.json").read_text())
+    counted = count_in_two_processes(options.accumulation)
     print(f"An optimizer step of {options.accumulation} micro-steps, tiny model, 2 processes, counted on each:\n")
     print("| | collectives | all-reduced bytes | bytes a trainable parameter | others |\n|---|---:|---:|---:|---|")
     for variant, counts in counted.items():

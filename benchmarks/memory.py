@@ -3,13 +3,14 @@
     python -m benchmarks.memory [--models sd15 sdxl]
 
 The policy's forward and backward and the reference's forward are run on tensors that have shapes and a device but no
-content (FakeTensor), under the autocast of training and with flash attention, and every storage that lives is counted;
-weights, gradients and the optimizer's moments are added. This is a computation, not a measurement: what it leaves out
+content (FakeTensor), under the autocast of training and with flash attention, and every storage that lives is counted,
+for 1 and for 2 pairs, from which more follow; weights, gradients and the optimizer's moments are added. This is a computation, not a measurement: what it leaves out
 are the CUDA context (about 0.5 GiB), workspaces of the libraries and fragmentation, which --margin stands for.
 """
 
 import weakref
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -81,13 +82,14 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-class FlashAttention(TorchFunctionMode):
-    """Attention as a GPU does it; without one, torch would choose the kind that keeps the whole attention matrix."""
+class AsOnGPU(TorchFunctionMode):
+    """What CUDA's autocast does and the CPU's does not: norms in float32. Attention in bf16, which flash attention wants."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            query, key, value = (tensor.bfloat16() for tensor in args[:3])
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+        if func in (F.group_norm, F.layer_norm):
+            args = (args[0].float(), *args[1:])
+        elif func is F.scaled_dot_product_attention:
+            args = (*(tensor.bfloat16() for tensor in args[:3]), *args[3:])
         return func(*args, **(kwargs or {}))
 
 
@@ -105,11 +107,12 @@ def count_step(setting: Setting, batch: int) -> dict[str, float]:
     """GiB by part of a micro-step of `batch` pairs with gradients already there, as while accumulating."""
     config, samples, side = UNETS[setting.model], 2 * batch, RESOLUTIONS[setting.model] // 8
     gib = 2.0**30
-    with FakeTensorMode(), torch.device("cuda:0"):
+    with FakeTensorMode():
         policy = make_unet(setting.model).train()
         if setting.lora:
             halve(policy)
-            policy.add_adapter(LoraConfig(r=16, target_modules=LORA_TARGETS))
+            with mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self):  # not for such tensors
+                policy.add_adapter(LoraConfig(r=16, target_modules=LORA_TARGETS))
             reference = policy
         else:
             reference = halve(make_unet(setting.model).train())
@@ -122,7 +125,7 @@ def count_step(setting: Setting, batch: int) -> dict[str, float]:
         inputs = (torch.empty(samples, 4, side, side), torch.empty(samples, dtype=torch.long),
                   torch.empty(samples, 77, config["cross_attention_dim"]))
         added = added if setting.model == "sdxl" else None
-        with LiveBytes() as bytes_, FlashAttention():
+        with LiveBytes() as bytes_, torch.autocast("cpu", torch.bfloat16), AsOnGPU():
             with torch.no_grad():
                 reference(*inputs, added_cond_kwargs=added, return_dict=False)
             reference_peak, bytes_.peak = bytes_.peak, bytes_.live
@@ -140,12 +143,6 @@ def count_step(setting: Setting, batch: int) -> dict[str, float]:
     return size | {"reference": 0.0 if setting.offload else reference_weights, "activations": kept / gib, "total": total}
 
 
-def autocast_as_on_a_gpu() -> None:
-    """torch.autocast turns itself off where there is no GPU; what it sets does not."""
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-
-
 def settings(model: str) -> list[Setting]:
     if model == "sdxl":
         return [Setting(model, "adafactor", checkpointing=True), Setting(model, "adafactor", checkpointing=True, offload=True),
@@ -159,19 +156,18 @@ def main() -> None:
     [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.memory").parse_args_into_dataclasses()
     if any(model not in UNETS for model in options.models):
         raise UserError(f"--models are {', '.join(UNETS)}")
-    autocast_as_on_a_gpu()
     print(f"GiB a GPU, computed, bf16, with a cache; fits: pairs in a micro-step with {options.margin} GiB to spare\n")
     print("| model | settings | policy | gradients | moments | reference | "
           + " | ".join(f"total, {batch} pairs" for batch in options.batches) + " | "
           + " | ".join(f"fits {card} GB" for card in CARDS) + " |")
     print("|---|---|" + "---:|" * (4 + len(options.batches) + len(CARDS)))
     for setting in [setting for model in options.models for setting in settings(model)]:
-        counts = {batch: count_step(setting, batch) for batch in options.batches}
-        one = counts[options.batches[0]]
-        fits = [max((batch for batch, count in counts.items() if count["total"] + options.margin <= card),
-                    default=0) for card in CARDS]
+        one, two = count_step(setting, 1), count_step(setting, 2)
+        totals = {batch: one["total"] + (batch - 1) * (two["total"] - one["total"]) for batch in options.batches}
+        fits = [max((batch for batch, total in totals.items() if total + options.margin <= card), default=0)
+                for card in CARDS]
         cells = [setting.model, str(setting), *(f"{one[name]:.1f}" for name in ("policy", "gradients", "moments", "reference")),
-                 *(f"{count['total']:.1f}" for count in counts.values()), *(str(fit) if fit else "no" for fit in fits)]
+                 *(f"{total:.1f}" for total in totals.values()), *(str(fit) if fit else "no" for fit in fits)]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

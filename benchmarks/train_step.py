@@ -306,6 +306,9 @@ def main() -> None:
         f"--resolution={RESOLUTIONS[options.model]}", *(["--sdxl"] if options.model == "sdxl" else []),
         *options.train_flags])
     accelerator = start_accelerator(args)
+    if not cuda:
+        torch.set_num_threads(1)  # threads that wait for each other on a busy machine count as CPU time
+    datasets.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # it remarks on every module.to(dtype)
     if "compiled" in variants:
         check_compiler(accelerator.device)

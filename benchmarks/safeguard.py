@@ -1,0 +1,59 @@
+"""What the SDPO safeguard costs: its own time, at full-size predictions, against what the UNets must compute.
+
+    python -m benchmarks.safeguard
+
+The loss with and without the safeguard is timed in turns on predictions of the published sizes (8 pairs), forward and
+backward. On a GPU a micro-step's time comes from benchmarks.train_step (--micro_step_ms); on a CPU from the least that
+the UNets' counted operations can take on this machine, at its measured rate of matrix products.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import HfArgumentParser
+
+from benchmarks.models import RESOLUTIONS
+from benchmarks.timing import Parts, matrix_rate
+from benchmarks.train_step import unet_forward_flops
+from losses import LossConfig, preference_loss
+from training.errors import run_program
+
+
+@dataclass
+class Arguments:
+    batch: int = field(default=8, metadata={"help": "pairs in a micro-step"})
+    repeats: int = field(default=30, metadata={"help": "timings of each, in turns; the median counts"})
+    micro_step_ms: float = field(default=0.0, metadata={"help": "a measured micro-step, in place of the least time"})
+    models: list[str] = field(default_factory=lambda: ["sd15", "sdxl"], metadata={"help": "sd15, sdxl, tiny"})
+
+
+def loss_time(model: str, guarded: bool, options: Arguments, device: torch.device) -> float:
+    """Milliseconds of the loss of one micro-step, forward and backward."""
+    side = RESOLUTIONS[model] // 8
+    prediction, reference, target = (torch.randn(2 * options.batch, 4, side, side, device=device) for _ in range(3))
+    prediction.requires_grad_(True)
+    config, parts = LossConfig(use_winner_preserving=guarded, winner_preserving_mu=0.9), Parts(device)
+    start = parts.mark()
+    preference_loss(prediction, reference, target, config).loss.backward()
+    return parts.between(start, parts.mark())
+
+
+def main() -> None:
+    [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.safeguard").parse_args_into_dataclasses()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    print("| model | loss, ms | with the safeguard, ms | the UNets' micro-step, ms | safeguard's share |\n|---|---:|---:|---:|---:|")
+    for model in options.models:
+        times = {False: [], True: []}
+        for _ in range(options.repeats):
+            for guarded in (False, True):
+                times[guarded].append(loss_time(model, guarded, options, device))
+        plain, guarded = (torch.tensor(times[kind]).median().item() for kind in (False, True))
+        micro_step = options.micro_step_ms or 4 * unet_forward_flops(model, 2 * options.batch, RESOLUTIONS[model]) / rate * 1000
+        print(f"| {model} | {plain:.2f} | {guarded:.2f} | {micro_step:.0f}{'' if options.micro_step_ms else ' at least'} | "
+              f"{(guarded - plain) / micro_step:.4%} |")
+
+
+if __name__ == "__main__":
+    run_program(main)

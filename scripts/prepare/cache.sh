@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# cache.sh PRESET DIR [train.py flags]: encode the images and prompts of configs/train/PRESET.yaml once, on every GPU of
+# this machine, into DIR; the preset's training script takes them with --cached_dataset DIR. The flags are those of the
+# training run that the cache is for. Started again, it makes what is missing. Environment: NUM_PROCESSES.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+need_packages
+[ $# -ge 2 ] || { echo "usage: bash scripts/prepare/cache.sh PRESET DIR [train.py flags], PRESET one of" \
+                       "$(basename -s .yaml "$ROOT"/configs/train/sd*po.yaml | grep -v _spo | xargs)" >&2; exit 2; }
+preset="$1" folder="$2"; shift 2
+gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
+if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi
+
+say "$preset, cached into $folder by $processes process(es) on $gpus GPU(s)"
+run "$PYTHON" -m accelerate.commands.launch --quiet --config_file "$ROOT/configs/accelerate/$config.yaml" \
+  --num_processes "$processes" -m training.cache --config "$ROOT/configs/train/$preset.yaml" --cached_dataset "$folder" "$@"

@@ -1,0 +1,78 @@
+"""The benchmarks run at tiny size, and print what their docs promise."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.communication import Arguments as CommunicationArguments
+from benchmarks.communication import model_times
+from benchmarks.memory import LiveBytes, Setting, count_step
+from benchmarks.models import TEXT_ENCODERS, VAES, make_unet
+from benchmarks.train_step import unet_forward_flops
+
+
+@pytest.mark.parametrize("name, parameters", [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
+def test_unets_have_the_published_sizes(name, parameters):
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in make_unet(name).parameters()) == parameters
+
+
+def test_encoders_have_the_published_sizes():
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(VAES["sd15"])
+        encoders = [kind(CLIPTextConfig(**config)) for kind, config in TEXT_ENCODERS["sdxl"]]
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (vae, *encoders)]
+    assert sizes == [83_653_863, 123_060_480, 694_659_840]
+
+
+@pytest.mark.slow
+def test_train_step_prints_its_table_and_the_ratio(run, python, tmp_path):
+    result = run([python, "-m", "benchmarks.train_step", "--model", "tiny", "--batch", 2, "--accumulation", 2, "--steps", 1,
+                  "--json", tmp_path / "figures.json"])
+    for row in ("| data |", "| vae |", "| text |", "| reference |", "| policy |", "| backward |", "| optimizer |", "| logging |",
+                "| pairs/s |", "| UNets' share of the matrix rate |", "| pairs/s against baseline | 1.00x |"):
+        assert row in result.stdout
+    figures = {result["variant"]: result for result in json.loads((tmp_path / "figures.json").read_text())}
+    assert set(figures) == {"baseline", "uncached", "cached"}
+    assert figures["cached"]["milliseconds"].get("vae", 0) == 0 < figures["baseline"]["milliseconds"]["vae"]
+    assert figures["cached"]["pairs_per_second"] > figures["baseline"]["pairs_per_second"]
+
+
+def test_a_wrong_choice_is_told_in_one_line(run, python):
+    result = run([python, "-m", "benchmarks.train_step", "--model", "sd3"], expect=1)
+    assert result.stderr.splitlines()[-1] == "error: --model must be one of tiny, sd15, sdxl, not sd3"
+
+
+def test_live_bytes_counts_storages_while_they_live():
+    with LiveBytes() as counter:
+        a = torch.ones(256)
+        b = a.view(16, 16)
+        assert counter.live == 1024
+        c = a + 1
+        del a, b
+        assert counter.live == 1024 and counter.peak == 2048
+        del c
+    assert counter.live == 0
+
+
+def test_checkpointing_lora_and_offloading_take_less_memory():
+    plain, twice = count_step(Setting("tiny", "adamw"), 1), count_step(Setting("tiny", "adamw"), 2)
+    assert twice["activations"] == pytest.approx(2 * plain["activations"], rel=0.3)
+    less = [Setting("tiny", "adamw", checkpointing=True), Setting("tiny", "adamw8bit"), Setting("tiny", "adamw", lora=True),
+            Setting("tiny", "adamw", offload=True)]
+    assert all(count_step(setting, 2)["total"] < twice["total"] for setting in less)
+
+
+def test_flops_of_the_unets_are_of_the_known_order():
+    assert 0.6e12 < unet_forward_flops("sd15", 1, 512) < 0.9e12  # about 0.8 TFLOP an image
+    assert 5e12 < unet_forward_flops("sdxl", 1, 1024) < 7e12  # about 6
+
+
+def test_more_gpus_are_faster_and_never_more_than_linear():
+    lines = model_times(CommunicationArguments(micro_step_ms=800), 860_000_000)[2:]
+    rates = [float(line.split("|")[4]) for line in lines]
+    efficiencies = [float(line.split("|")[5].strip(" %")) for line in lines]
+    assert rates == sorted(rates) and max(efficiencies) <= 100.0 and efficiencies == sorted(efficiencies, reverse=True)

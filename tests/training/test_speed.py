@@ -1,0 +1,170 @@
+"""What makes a step faster or smaller must not change what it computes, and a micro-step must not wait for the device."""
+
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from losses import preference_loss
+from training.arguments import parse_arguments
+from training.data import PairDataset, choose_pairs, load_table, make_loader
+from training.diffusion import noisy_batch, predict, predict_reference
+from training.logs import StepScalars
+from training.models import (keep_on_host, load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler,
+                             on_device)
+
+NAMES = ("train_loss", "model_mse_unaccumulated", "ref_mse_unaccumulated", "margin_mean", "avg_lose_l_scale")
+
+
+def arguments(base, pairs, *more) -> list:
+    return ["--pretrained_model_name_or_path", base, "--train_data_dir", pairs, "--resolution", 64, "--mixed_precision",
+            "no", "--report_to", "none", "--use_winner_preserving", *more]
+
+
+def largest_difference(a: list[dict], b: list[dict]) -> float:
+    return max(abs(x[name] - y[name]) for x, y in zip(a, b, strict=True) for name in NAMES)
+
+
+@pytest.fixture(scope="module")
+def one_block_sd15(tiny_sd15, tmp_path_factory):
+    """The smallest UNet that has every kind of compiled region: compiling takes a CPU seconds a region and shape."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    unet = UNet2DConditionModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+                                cross_attention_dim=32, attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D",),
+                                up_block_types=("CrossAttnUpBlock2D",))
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15, unet=unet, safety_checker=None)
+    folder = tmp_path_factory.mktemp("pipelines") / "one_block"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+# --- equality over 20 steps ----------------------------------------------------------------------------------------
+
+def test_offloaded_reference_and_checkpointing_change_no_bit(train_run, tiny_sd15, pairs_dir):
+    plain = train_run(arguments(tiny_sd15, pairs_dir))
+    assert len(plain) == 20 and plain[-1]["train_loss"] != plain[0]["train_loss"]
+    offloaded = train_run(arguments(tiny_sd15, pairs_dir, "--offload_reference", "--gradient_checkpointing"))
+    assert largest_difference(plain, offloaded) == 0.0
+
+
+def test_channels_last_agrees(train_run, tiny_sd15, pairs_dir):
+    plain = train_run(arguments(tiny_sd15, pairs_dir))
+    assert largest_difference(plain, train_run(arguments(tiny_sd15, pairs_dir, "--channels_last"))) < 1e-4
+
+
+@pytest.mark.slow
+def test_compiled_agrees(train_run, one_block_sd15, pairs_dir):
+    eager = train_run(arguments(one_block_sd15, pairs_dir))
+    compiled = train_run(arguments(one_block_sd15, pairs_dir, "--compile"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
+    assert abs(compiled[0]["margin_mean"]) < 1e-3 * 100  # beta: of errors near 1 in float32
+    assert largest_difference(eager, compiled) < 1e-4
+
+
+def test_the_reference_comes_and_goes_and_is_never_written_back():
+    module = torch.nn.Linear(3, 3).requires_grad_(False)
+    keep_on_host(module, torch.device("cpu"))
+    home = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
+    with on_device(module, torch.device("meta")) as moved:
+        assert all(parameter.device.type == "meta" for parameter in moved.parameters())
+    assert {name: parameter.data_ptr() for name, parameter in module.named_parameters()} == home
+
+
+def test_8bit_adam_needs_its_library_and_says_so(tiny_sd15, pairs_dir, train_run, monkeypatch):
+    import importlib
+
+    from training.errors import UserError
+    monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(UserError, match="needs bitsandbytes or torchao"):
+        train_run(arguments(tiny_sd15, pairs_dir, "--use_8bit_adam"))
+
+
+# --- host synchronisation ------------------------------------------------------------------------------------------
+
+WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "_unique2",
+           "bincount", "repeat_interleave.Tensor")
+
+
+class Waits(TorchDispatchMode):
+    """Operations whose result the host must wait for: values read from tensors, and results whose size depends on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        mask = name.startswith(("index.", "index_put")) and any(
+            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1] or ())
+        if name in WAITING or name.split(".")[0] in WAITING or mask:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def set_up(base, pairs, device, *more):
+    """(micro_step, batch): what train.py's inner loop does, on a batch that is on the device."""
+    args = parse_arguments([str(word) for word in arguments(base, pairs, "--train_batch_size", 2, "--seed", 0, *more)])
+    models = load_tokenizers_and_scheduler(args)
+    load_frozen_encoders(models, args, torch.float32, device)
+    load_policy_and_reference(models, args, torch.float32, device)
+    dataset = PairDataset(choose_pairs(load_table(args), args, 0), models.tokenizers, args, 0, models.latent_shape)
+    batch = {name: tensor.to(device) for name, tensor in next(iter(make_loader(dataset, args, 0, 1, 0, 1, False))).items()}
+    config, scalars = args.loss_config(), StepScalars()
+
+    def micro_step():
+        inputs = noisy_batch(batch, models, args)
+        ref_pred = predict_reference(models, models.policy, inputs)
+        result = preference_loss(predict(models.policy, inputs), ref_pred, inputs.target, config)
+        result.loss.backward()
+        scalars.add(result.logs)
+
+    return micro_step
+
+
+SETTINGS = [("tiny_sd15", []), ("tiny_sdxl", ["--sdxl"]), ("tiny_sd15", ["--lora_rank", 2]),
+            ("tiny_sd15", ["--noise_offset", 0.1, "--input_perturbation", 0.1, "--train_method", "dmpo"]),
+            ("tiny_sd15", ["--train_method", "dspo", "--winner_preserving_granularity", "sample", "--gradient_checkpointing"])]
+
+
+@pytest.mark.parametrize("kind, more", SETTINGS)
+def test_a_micro_step_reads_nothing_back(kind, more, request, pairs_dir):
+    micro_step = set_up(request.getfixturevalue(kind), pairs_dir, torch.device("cpu"), *more)
+    micro_step()  # the scheduler's table goes to the device once
+    with Waits() as waits:
+        micro_step()
+    assert waits.found == []
+
+
+def test_the_count_sees_what_it_should():
+    value = torch.arange(4.0)
+    with Waits() as waits:
+        float(value.sum()), value[value > 1], value.nonzero(), bool(value[0])
+    assert len(waits.found) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind, more", SETTINGS)
+def test_a_micro_step_never_waits_for_the_gpu(kind, more, request, pairs_dir):
+    micro_step = set_up(request.getfixturevalue(kind), pairs_dir, torch.device("cuda"), *more)
+    micro_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        micro_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- collectives ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_an_optimizer_step_of_two_processes_communicates_twice(tmp_path):
+    """The gradients' all-reduce, in DDP's buckets (one here), and one more for all scalars; nothing while accumulating."""
+    from benchmarks.communication import COUNTED, count_in_two_processes
+    counted = count_in_two_processes(accumulation=3)
+    ours, official = counted["uncached"], counted["baseline"]
+    assert ours["calls"] == {"all_reduce": 2}
+    gradients = 4 * ours["parameters"]
+    assert gradients < ours["bytes"]["all_reduce"] < gradients + 200
+    assert set(official["calls"]) <= set(COUNTED) and sum(official["calls"].values()) == 1 + 3 * 7
+    json.dumps(counted)
