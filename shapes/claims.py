@@ -223,7 +223,8 @@ def loss_on(policy, inputs: NoisyBatch, ref_pred: Tensor, config: LossConfig, lo
 
 
 def train_policy(run: Run, settings: Settings, split: str) -> dict:
-    """Train one policy and judge it on the prompts of a split. Returns the run's record."""
+    """Train one policy and judge it on the prompts of a split, for "test" with its errors over training. Returns the
+    run's record."""
     torch.manual_seed(run.seed)
     config, fixed = loss_settings(run.method, run.variant)
     policy = fresh_policy(settings.output)
@@ -232,10 +233,10 @@ def train_policy(run: Run, settings: Settings, split: str) -> dict:
     optimizer = make_optimizer(list(policy.parameters()), args, run.learning_rate)
     schedule = make_schedule(optimizer, args, settings.steps)
     curve, scales, accuracies = [], [], []
-    every = max(1, settings.steps // 5)
+    every = max(1, settings.steps // 4)
     for step, (inputs, ref_pred) in enumerate(training_batches(settings.output, run.seed, settings.steps,
                                                                settings.batch_size)):
-        if step % every == 0:
+        if step % every == 0 and split == "test":
             curve.append({"step": step} | held_out_errors(policy, settings.output, config.beta))
         result = loss_on(policy, inputs, ref_pred, config, fixed)
         result.loss.backward()
@@ -246,7 +247,8 @@ def train_policy(run: Run, settings: Settings, split: str) -> dict:
         scales.append(float(result.winner_scale))
         if result.margin is not None:
             accuracies.append(float(implicit_accuracy(result.margin)))
-    curve.append({"step": settings.steps} | held_out_errors(policy, settings.output, config.beta))
+    if split == "test":
+        curve.append({"step": settings.steps} | held_out_errors(policy, settings.output, config.beta))
 
     prompts = json.loads(Path(settings.output, "prompts.json").read_text())[split]
     pipeline = load_world(settings.output)[2]

@@ -17,6 +17,7 @@ from training.errors import UserError
 
 VIEW = 32
 _RADII = np.geomspace(0.10, 0.32, 8)  # as a share of the side; SIZES lie between
+_SOFTNESS = 0.5  # standard deviation, in pixels, of the outlines' blur: generated edges are never quite sharp
 _LEAST_CONTRAST = 0.08  # of the distance from black to white: less is no shape
 _LEAST_MATCH = 0.5  # share of a shape's energy that its best outline must explain
 
@@ -58,7 +59,7 @@ def judge(image: Image.Image, prompt: str) -> Judgement:
         colour=all(colour == shape.colour for (_, colour, _), shape in zip(seen, asked.shapes)),
         background=_nearest_colour(background) == asked.background,
         position=all(position == shape.position for (_, _, position), shape in zip(seen, asked.shapes)),
-        cleanliness=_cleanliness(pixels, asked),
+        cleanliness=_cleanliness(pixels, asked, resolution=min(image.width, 4 * VIEW)),
     )
 
 
@@ -126,15 +127,17 @@ def _templates():
             ImageDraw.Draw(canvas).polygon([(centre + x * VIEW * scale, centre + y * VIEW * scale)
                                             for x, y in outline(kind, radius)], fill=1.0)
             templates.append(np.roll(np.asarray(canvas.reduce(scale)), (-VIEW, -VIEW), axis=(0, 1)))
-    templates = torch.from_numpy(np.stack(templates))
-    spectra = torch.fft.rfft2(templates)
+    rows, columns = torch.fft.fftfreq(2 * VIEW), torch.fft.rfftfreq(2 * VIEW)
+    blur = torch.exp(-2 * (np.pi * _SOFTNESS) ** 2 * (rows[:, None] ** 2 + columns**2))
+    spectra = torch.fft.rfft2(torch.from_numpy(np.stack(templates))) * blur
+    templates = torch.fft.irfft2(spectra)
     inside = torch.zeros(2 * VIEW, 2 * VIEW)
     inside[:VIEW, :VIEW] = 1
     energies = torch.fft.irfft2(torch.fft.rfft2(inside) * torch.fft.rfft2(templates.square()).conj())
     return spectra, energies[..., :VIEW, :VIEW]
 
 
-def _cleanliness(pixels, asked: Drawing) -> float:
-    ideal = _view(render(asked, VIEW))
+def _cleanliness(pixels, asked: Drawing, resolution: int) -> float:
+    ideal = _view(render(asked, resolution))
     contrast = np.abs(ideal - np.array(COLOURS[asked.background]) / 255).mean()
     return float(1 / (1 + np.abs(pixels - ideal).mean() / contrast))
