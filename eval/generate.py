@@ -13,6 +13,7 @@ import shutil
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -298,7 +299,8 @@ def made_elsewhere(group: Group) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     args = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)[0]
-    state = PartialState()
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+    state = PartialState(cpu=several_on_cpu, timeout=timedelta(hours=1))  # cpu: else each process would be on its own
     torch.backends.cudnn.deterministic = True
     fill_defaults(args, state.device)
     check(args)

@@ -14,7 +14,7 @@ def read_manifest(path: str | os.PathLike) -> list[dict]:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no manifest at {path}: eval.generate writes one") from None
-    except (ValueError, IsADirectoryError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is no JSON manifest: {error}") from None
     if not isinstance(entries, list):
         raise UserError(f"{path} is no manifest: it must be a JSON list of entries")
@@ -25,7 +25,23 @@ def read_manifest(path: str | os.PathLike) -> list[dict]:
                   if not isinstance(entry, dict) or not isinstance(entry.get(key), str)]
         if faults:
             raise UserError(f"{path}: entry {number} has no {' and no '.join(faults)}")
+        if not is_text(entry["prompt"]) or not is_path(entry["gen_image_path"]):
+            raise UserError(f"{path}: entry {number} has a prompt or path with characters that no file can hold")
     return entries
+
+
+def is_text(value: str) -> bool:
+    """No lone surrogates, which JSON can spell but nothing can write."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_path(value: str) -> bool:
+    return is_text(value) and "\0" not in value and len(value.encode()) < 4096 and all(
+        len(part.encode()) < 256 for part in value.split("/"))
 
 
 def image_path(manifest: str | os.PathLike, entry: dict) -> Path:

@@ -3,7 +3,6 @@
 import inspect
 import os
 import pickle
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,5 +121,5 @@ def read_weights(path: Path) -> dict:
     except pickle.UnpicklingError:
         raise UserError(f"{path} is no file of weights (it asks to run code when loaded, or is damaged); it was "
                         "refused and nothing in it was executed") from None
-    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch's reader raises whatever a damaged file makes it stumble over
         raise UserError(f"{path} is damaged or no file of weights: {first_line(error)[:160]}") from None

@@ -213,9 +213,10 @@ def test_a_full_disk_leaves_finished_images(tiny_sd15, sd15_run, prompt_file, mo
 
 @pytest.mark.slow
 def test_two_processes_give_the_images_of_one(tiny_sd15, sd15_run, prompt_file, tmp_path, run, python):
-    run([python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
-         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0, "-m", "eval.generate",
-         *arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", 3, "--output_dir", tmp_path / "two")])
+    launched = run([python, "-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate/one_node.yaml",
+                    "--num_processes", 2, "--main_process_port", 0, "-m", "eval.generate",
+                    *arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", 3, "--output_dir", tmp_path / "two")])
+    assert "process 1 of 2" in launched.stderr and launched.stdout.count("wrote") == 1
     generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", 3, "--output_dir", tmp_path / "one"))
     for path in (tmp_path / "one" / STEM).glob("*.png"):
         assert path.read_bytes() == (tmp_path / "two" / STEM / path.name).read_bytes()
