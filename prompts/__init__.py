@@ -45,9 +45,13 @@ def parse_group(text: str, source: str) -> list[str]:
             entry, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise _fault(source, text, error.pos, f"no JSON here ({error.msg})") from None
+        except (RecursionError, ValueError):
+            raise _fault(source, text, at, "this is nested too deeply, or a number too long") from None
         prompt = entry.get("prompt") if isinstance(entry, dict) else entry
         if not isinstance(prompt, str) or not prompt.strip():
             raise _fault(source, text, at, f'entry {len(prompts) + 1} has no "prompt" that is non-empty text')
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise _fault(source, text, at, f"the prompt of entry {len(prompts) + 1} holds half a character (a lone surrogate)")
         prompts.append(prompt)
         at = _skip_spaces(text, end)
         if text[at:at + 1] == ",":

@@ -93,18 +93,21 @@ def _become_rank(launch: Launch, rank: int, port: int) -> None:
 def wait(pids: list[int], seconds: float = 300.0, end_others: bool = False) -> list[int] | None:
     """Exit codes (negative: the signal), or None when a process still runs after that time.
 
-    end_others: when one fails, end the others, as launchers do.
+    end_others: when one fails, end the others, as launchers do: SIGTERM, and SIGKILL after a while (here 5 s).
     """
-    end = time.monotonic() + seconds
+    end, failed_at = time.monotonic() + seconds, None
     while running := [pid for pid in pids if pid not in exit_codes]:
         for pid in running:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 exit_codes[pid] = os.waitstatus_to_exitcode(status)
-                if end_others and exit_codes[pid]:
+                if end_others and exit_codes[pid] and failed_at is None:
+                    failed_at = time.monotonic()
                     for other in running:
                         if other not in exit_codes:
                             os.kill(other, signal.SIGTERM)
+        if failed_at and time.monotonic() > failed_at + 5.0:
+            kill([pid for pid in running if pid not in exit_codes])
         if time.monotonic() > end:
             return None
         time.sleep(0.005)
@@ -127,7 +130,7 @@ class Server:
 
     def __init__(self):
         self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True)
+                                        text=True, start_new_session=True)
 
     def start(self, launch: Launch, seconds: float = 200.0) -> list[int]:
         self.process.stdin.write(json.dumps(vars(launch) | {"seconds": seconds}) + "\n")

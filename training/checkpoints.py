@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from training.arguments import TrainArguments, warn
-from training.errors import UserError, first_line
+from training.errors import UserError, first_line, printable
 from training.weights import LORA_FILE, load_strictly, read_state_dict
 
 MANIFEST, PROGRESS, RUN_FILE = "manifest.json", "progress.json", "run.json"
@@ -107,7 +107,7 @@ def fault(folder: Path) -> str | None:
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         with ThreadPoolExecutor() as pool:
-            problem = next(filter(None, pool.map(file_fault, entries)), None)
+            problem = next(map(printable, filter(None, pool.map(file_fault, entries))), None)
         if problem is None:
             problem = None if PROGRESS in entries else f"{PROGRESS} is missing"
         if problem is None:

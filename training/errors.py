@@ -9,7 +9,16 @@ from typing import Callable, NoReturn
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: the cause, then the remedy."""
+    """Something the user can mend. The message is one line: the cause, then the remedy; what it quotes of a file, such as
+    a line break or a terminal's control character, is shown escaped."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` with line breaks, control characters and half characters escaped: what a file holds cannot move a cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:
@@ -65,7 +74,9 @@ def fail(message: str, wait: float = 0.0) -> NoReturn:
 def own_message(error: UserError) -> str:
     """The message; torch wraps one that a data worker raised in that worker's traceback."""
     text = str(error)
-    return text.strip().rpartition("UserError: ")[2] if text.startswith("Caught UserError in DataLoader worker") else text
+    if text.startswith("Caught UserError in DataLoader worker"):
+        return text.rpartition("UserError: ")[2].removesuffix("\\n")
+    return text
 
 
 def lost_process(error: RuntimeError) -> str | None:

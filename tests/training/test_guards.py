@@ -22,6 +22,7 @@ def broken(prediction, reference, target, config, *rest):
     if hit:
         result.loss = result.loss * VALUE
         result.logs["train_loss"] = result.loss.detach()
+        result.margin = result.margin.clone()
         result.margin[hit] = VALUE
     return result
 Guards.receive, train.preference_loss = note_positions, broken
