@@ -19,7 +19,7 @@ from training.errors import UserError
 KINDS = ("sd15", "sdxl")
 SHIPPED = Path(__file__).parent / "base"
 OPENED = Path(__file__).parents[1] / "outputs" / "shapes_base"
-GUIDANCE_SCALE = 2.0  # at which the base draws best
+GUIDANCE_SCALE = 3.5  # at which the base draws best
 
 
 def build_pipeline(folder: str | os.PathLike, kind: str = "sd15", seed: int = 0,
