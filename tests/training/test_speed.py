@@ -10,9 +10,11 @@ from losses import preference_loss
 from training.arguments import parse_arguments
 from training.data import PairDataset, choose_pairs, load_table, make_loader
 from training.diffusion import noisy_batch, predict, predict_reference
+from training.errors import UserError
 from training.logs import StepScalars
 from training.models import (keep_on_host, load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler,
                              on_device)
+from training.optimizers import adamw_8bit
 
 NAMES = ("train_loss", "model_mse_unaccumulated", "ref_mse_unaccumulated", "margin_mean", "avg_lose_l_scale")
 
@@ -62,22 +64,30 @@ def test_compiled_agrees(train_run, one_block_sd15, pairs_dir):
     assert largest_difference(eager, compiled) < 1e-4
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_reference_comes_and_goes_and_is_never_written_back():
     module = torch.nn.Linear(3, 3).requires_grad_(False)
-    keep_on_host(module, torch.device("cpu"))
+    keep_on_host(module, torch.device("cuda"))
     home = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
-    with on_device(module, torch.device("meta")) as moved:
-        assert all(parameter.device.type == "meta" for parameter in moved.parameters())
+    with on_device(module, torch.device("cuda", 0)) as moved:
+        assert all(parameter.is_cuda for parameter in moved.parameters())
     assert {name: parameter.data_ptr() for name, parameter in module.named_parameters()} == home
+    assert all(parameter.is_pinned() for parameter in module.parameters())
 
 
-def test_8bit_adam_needs_its_library_and_says_so(tiny_sd15, pairs_dir, train_run, monkeypatch):
-    import importlib
-
-    from training.errors import UserError
-    monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+def test_8bit_adam_is_asked_of_two_libraries_and_missed_in_one_line(monkeypatch):
+    asked = []
+    monkeypatch.setattr("training.optimizers.importlib.import_module", lambda name: asked.append(name) or exec("raise ImportError"))
     with pytest.raises(UserError, match="needs bitsandbytes or torchao"):
-        train_run(arguments(tiny_sd15, pairs_dir, "--use_8bit_adam"))
+        adamw_8bit()
+    assert asked == ["bitsandbytes.optim", "torchao.optim"]
+
+
+@pytest.mark.parametrize("words, said", [(["--use_8bit_adam", "--use_adafactor"], "contradict each other"),
+                                         (["--use_8bit_adam", "--optimizer", "sgd"], "contradict each other")])
+def test_options_that_exclude_each_other_are_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        parse_arguments([str(word) for word in arguments("base", "pairs", *words)])
 
 
 # --- host synchronisation ------------------------------------------------------------------------------------------
