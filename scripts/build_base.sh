@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rebuild the base model of the shapes world from nothing into shapes/base (under 2 hours on 2 cores).
-#     bash scripts/build_base.sh [extra train.py flags]
+#     bash scripts/build_base.sh
 # What an earlier call finished is kept; outputs/base is the build's folder, its log outputs/base/build.log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,12 +8,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 output=outputs/base
 mkdir -p "$output"
 
+train() { # the UNet, on the mixture of good and poor drawings
+    accelerate launch --config_file configs/accelerate/cpu.yaml train.py --train_method sft \
+        --pretrained_model_name_or_path "$output/start" --train_data_dir "$output/pairs" --resolution 32 --no_hflip \
+        --mixed_precision no --train_batch_size 32 --lr_scheduler cosine --adam_weight_decay 0 \
+        --proportion_empty_prompts 0.1 --checkpointing_steps 300 --checkpoints_total_limit 1 "$@"
+}
+
 {
     python -m shapes.base prepare --output "$output"
-    accelerate launch --config_file configs/accelerate/cpu.yaml train.py \
-        --pretrained_model_name_or_path "$output/start" --train_data_dir "$output/pairs" --output_dir "$output/trained" \
-        --train_method sft --resolution 32 --no_hflip --mixed_precision no --train_batch_size 32 --learning_rate 2e-3 \
-        --lr_scheduler cosine --lr_warmup_steps 60 --max_train_steps 1800 --checkpointing_steps 300 \
-        --checkpoints_total_limit 1 --proportion_empty_prompts 0.1 --adam_weight_decay 0 --seed 0 "$@"
+    train --output_dir "$output/first" --learning_rate 2e-3 --lr_warmup_steps 60 --max_train_steps 1800 --seed 0
+    # Offset noise makes it learn the backgrounds' brightness, which the first pass leaves pale.
+    train --output_dir "$output/trained" --unet_init "$output/first/unet.pth" --noise_offset 0.1 \
+        --learning_rate 1e-3 --lr_warmup_steps 30 --max_train_steps 1100 --seed 1
     python -m shapes.base ship --output "$output"
 } 2>&1 | tee "$output/build.log"
