@@ -109,6 +109,7 @@ def measure(side: int, model: str, options: Arguments) -> list[tuple[str, float]
 def main() -> None:
     [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.data_path").parse_args_into_dataclasses()
     torch.set_num_threads(1)
+    datasets.disable_progress_bar()
     need = options.gpus * options.pairs_per_gpu
     for side, model in ((512, "sd15"), (1024, "sdxl")):
         rows = measure(side, model, options)

@@ -23,10 +23,10 @@ FORMAT = 1
 # --- what a cache is made of ---------------------------------------------------------------------------------------
 
 def weights_digest(module: torch.nn.Module) -> str:
-    """SHA-256 of a module's names, dtypes and values, wherever it was loaded from."""
+    """SHA-256 of a module's weights, wherever it was loaded from; names are left out, they change with the library."""
     sha = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    for tensor in module.state_dict().values():
+        sha.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()
 
@@ -39,14 +39,15 @@ def source_name(args: TrainArguments) -> str | None:
 
 def cache_settings(args: TrainArguments, models: Models) -> dict:
     """Everything that a cached number depends on."""
-    vocabularies = [hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
-                    for tokenizer in models.tokenizers]
+    tokenizers = [json.dumps([tokenizer.get_vocab(), tokenizer.pad_token, tokenizer.model_max_length], sort_keys=True)
+                  for tokenizer in models.tokenizers]
     return {
         "format": FORMAT,
         "data": source_name(args), "dataset_config_name": args.dataset_config_name, "split": args.split,
         "caption_column": args.caption_column,
         "model": args.pretrained_model_name_or_path, "vae": weights_digest(models.vae),
-        "text_encoders": [weights_digest(encoder) for encoder in models.text_encoders], "tokenizers": vocabularies,
+        "text_encoders": [weights_digest(encoder) for encoder in models.text_encoders],
+        "tokenizers": [hashlib.sha256(text.encode()).hexdigest() for text in tokenizers],
         "sdxl": args.sdxl, "mixed_precision": args.mixed_precision, "resolution": args.resolution,
         "transform": "short side bilinear, centre crop, [-1, 1]", "flips": not args.no_hflip,
         "latent_channels": models.vae.config.latent_channels, "scaling_factor": models.vae.config.scaling_factor,
@@ -114,7 +115,11 @@ class CachedDataset:
 
     def rows(self) -> datasets.Dataset:
         """The table without its images."""
-        return datasets.load_from_disk(str(self.folder / ROWS))
+        try:
+            return datasets.load_from_disk(str(self.folder / ROWS))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / ROWS} is missing or damaged ({first_line(error)[:150]}): delete "
+                            f"{MANIFEST} beside it and run training.cache again") from None
 
     def check_images(self, row: int, columns: list[str]) -> None:
         """Raises BadPair where decoding these columns would."""

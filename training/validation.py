@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline,
+                       StableDiffusionXLPipeline)
 from PIL import Image
 
 from training.arguments import TrainArguments
 from training.draws import seeded_generator
-from training.models import Models, adapters_off
+from training.models import Models, adapters_off, on_device
+from training.weights import from_hub
 
 STEPS, GUIDANCE = 30, 7.5
 
@@ -23,6 +25,8 @@ def make_pipeline(models: Models, unet, args: TrainArguments, device: torch.devi
         parts["vae"] = models.vae
         for number, encoder in enumerate(models.text_encoders):
             parts["text_encoder" if number == 0 else "text_encoder_2"] = encoder
+    elif args.pretrained_vae_model_name_or_path:  # with a cache
+        parts["vae"] = from_hub(AutoencoderKL, args.pretrained_vae_model_name_or_path, "the VAE", cache_dir=args.cache_dir)
     pipeline = kind.from_pretrained(args.pretrained_model_name_or_path, revision=args.revision,
                                     cache_dir=args.cache_dir, **parts)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
@@ -61,7 +65,8 @@ def validate(models: Models, policy, args: TrainArguments, accelerator: Accelera
     for number, prompt in enumerate(args.validation_prompts):
         images = []
         if models.reference is not None:
-            images.append(draw(pipeline, models.reference, prompt, args.seed, args, accelerator))
+            with on_device(models.reference, accelerator.device) as reference:
+                images.append(draw(pipeline, reference, prompt, args.seed, args, accelerator))
         elif args.lora_rank:
             with adapters_off(policy):
                 images.append(draw(pipeline, policy, prompt, args.seed, args, accelerator))
