@@ -287,31 +287,36 @@ def learn_from(group: Pairs, policy, unwrapped, models: Models, conditioning: Pr
     return scalars.reduce(accelerator)
 
 
+def pair_log_probs(unet, pairs: Pairs, conditioning: PromptConditioning, scheduler: DDIMScheduler, args,
+                   accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the winners' and the losers' transitions under a UNet, (N,) each.
+
+    Where winner and loser share x_t, they share the prediction too.
+    """
+    members = pairs.x_t.shape[1]
+    x_t, rows = pairs.x_t.flatten(0, 1), pairs.prompt.repeat_interleave(members)
+    times = scheduler.timesteps.to(rows.device)[pairs.step].repeat_interleave(members)
+    with accelerator.autocast():
+        prediction = guided_prediction(unet, x_t, times, conditioning, rows, args.spo_guidance)
+    mean, std, _ = ddim_gaussian(prediction, x_t, times, previous_timestep(scheduler, times), scheduler.alphas_cumprod,
+                                 args.spo_eta, scheduler.config.prediction_type)
+    mean, std = (tensor.unflatten(0, (len(pairs), members)) for tensor in (mean, std))
+    winners, losers = (gaussian_log_prob(pairs.x_next[:, i], mean[:, i % members], std[:, 0]) for i in (0, 1))
+    return winners, losers
+
+
 def pair_loss(policy, unwrapped, models: Models, conditioning: PromptConditioning, pairs: Pairs,
               scheduler: DDIMScheduler, args, accelerator: Accelerator) -> tuple[Tensor, dict[str, Tensor]]:
-    """SPO's loss of N pairs and what is logged about it. Where winner and loser share x_t, so do they the prediction."""
-    members = pairs.x_t.shape[1]
-    timesteps = scheduler.timesteps.to(pairs.step.device)[pairs.step]
-
-    def log_probs(unet) -> tuple[Tensor, Tensor]:
-        times = timesteps.repeat_interleave(members)
-        x_t = pairs.x_t.flatten(0, 1)
-        with accelerator.autocast():
-            prediction = guided_prediction(unet, x_t, times, conditioning, pairs.prompt.repeat_interleave(members),
-                                           args.spo_guidance)
-        mean, std, _ = ddim_gaussian(prediction, x_t, times, previous_timestep(scheduler, times),
-                                     scheduler.alphas_cumprod, args.spo_eta, scheduler.config.prediction_type)
-        mean, std = (tensor.unflatten(0, (len(pairs), members)) for tensor in (mean, std))
-        return tuple(gaussian_log_prob(pairs.x_next[:, i], mean[:, i % members], std[:, 0]) for i in (0, 1))
-
+    """SPO's loss of N pairs and what is logged about it."""
+    setting = pairs, conditioning, scheduler, args, accelerator
     with torch.no_grad():
         if models.reference is not None:
             with on_device(models.reference, accelerator.device) as reference:
-                reference_w, reference_l = log_probs(reference)
+                reference_w, reference_l = pair_log_probs(reference, *setting)
         else:
             with adapters_off(unwrapped):
-                reference_w, reference_l = log_probs(unwrapped)
-    policy_w, policy_l = log_probs(policy)
+                reference_w, reference_l = pair_log_probs(unwrapped, *setting)
+    policy_w, policy_l = pair_log_probs(policy, *setting)
     ratio_w = clipped_ratio(policy_w, reference_w, args.spo_clip)
     ratio_l = clipped_ratio(policy_l, reference_l, args.spo_clip)
     loss = spo_loss(ratio_w, ratio_l, args.spo_beta)
