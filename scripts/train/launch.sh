@@ -26,4 +26,15 @@ if [[ "$preset" == spm_* ]]; then program=(-m spm.train); fi
 say "$preset on $gpus GPU(s), $processes process(es)"
 [ "$gpus" -eq 0 ] && echo "no GPU found: this runs on the CPU, which suits only small models"
 run "$PYTHON" -m accelerate.commands.launch --quiet "${launch[@]}" "${program[@]}" \
-  --config "$ROOT/configs/train/$preset.yaml" "${accumulation[@]}" "$@"
+  --config "$ROOT/configs/train/$preset.yaml" "${accumulation[@]}" "$@" &
+
+# A signal goes to the training processes, which save and exit 0; their launcher would only kill them, or orphan them.
+launcher=$! status=0
+training_processes() { "$PYTHON" -c 'import psutil, sys
+for process in psutil.Process(int(sys.argv[1])).children(recursive=True):
+    if "accelerate.commands.launch" in process.cmdline():
+        print(*(child.pid for child in process.children()))' "$launcher"; }
+trap 'kill -TERM $(training_processes) 2>/dev/null || kill -TERM "$launcher"' TERM INT HUP
+wait "$launcher" || status=$?
+while kill -0 "$launcher" 2>/dev/null; do status=0; wait "$launcher" || status=$?; done
+exit "$status"
