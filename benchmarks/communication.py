@@ -29,8 +29,8 @@ from training.arguments import parse_arguments
 from training.errors import run_program
 from training.launch import start_accelerator
 
-COUNTED = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "barrier",
-           "all_gather_object", "broadcast_object_list")
+COUNTED = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce",
+           "barrier", "all_gather_object", "broadcast_object_list")
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Collectives:
 
 
 def count_steps(folder: str, accumulation: int) -> None:
-    """In each process: one optimizer step of each way, after one that is not counted; the main process writes it down."""
+    """In each process: an optimizer step of each way, after one that is not counted; the main one writes it down."""
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     options = StepArguments(model="tiny", batch=1, accumulation=accumulation, steps=1)
@@ -112,7 +112,7 @@ def model_times(options: Arguments, parameters: int) -> list[str]:
         hidden = options.overlap * micro / 2  # about half of a micro-step is the backward pass
         all_reduce = 2 * share * 4 * parameters / bandwidth
         ddp = accumulation * micro + max(0.0, all_reduce - hidden) + options.optimizer_ms / 1000
-        gathers = 2 * share * 2 * parameters / bandwidth  # bf16 weights, for the forward and again for the backward pass
+        gathers = 2 * share * 2 * parameters / bandwidth  # bf16 weights, for the forward and for the backward pass
         scatter = share * 4 * parameters / bandwidth
         fsdp = (accumulation * (micro + max(0.0, gathers - options.overlap * micro))
                 + max(0.0, scatter - hidden) + options.optimizer_ms / 1000 / gpus)
@@ -140,8 +140,9 @@ def main() -> None:
         return
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in make_unet(options.model).parameters())
-    print(f"\n{options.model}: {parameters * 4 / 1e9:.2f} GB all-reduced a step. Modelled, with {options.micro_step_ms:g} ms a "
-          f"micro-step of 8 pairs, {options.node_gbs:g} GB/s in a node of 8, {options.network_gbs:g} GB/s between nodes:\n")
+    print(f"\n{options.model}: {parameters * 4 / 1e9:.2f} GB all-reduced a step. Modelled, with {options.micro_step_ms:g} "
+          f"ms a micro-step of 8 pairs, {options.node_gbs:g} GB/s in a node of 8 and {options.network_gbs:g} GB/s between "
+          "nodes:\n")
     print("\n".join(model_times(options, parameters)))
 
 

@@ -55,7 +55,8 @@ def random_cache(folder: Path, table: datasets.Dataset, latent_shape: tuple, wid
     prompts = ["", *table["caption"]]
     shards = {
         "pairs-00000.safetensors": {"moments": torch.randn(len(table), 2, 2, 2 * channels, *side).bfloat16()},
-        "prompts-00000.safetensors": {name: torch.randn(len(prompts), *shape).bfloat16() for name, shape in widths.items()}}
+        "prompts-00000.safetensors": {name: torch.randn(len(prompts), *shape).bfloat16()
+                                      for name, shape in widths.items()}}
     for name, tensors in shards.items():
         write_shard(folder / name, tensors)
     save_rows(table, ["jpg_0", "jpg_1"], folder / "rows")
@@ -76,7 +77,7 @@ def measure(side: int, model: str, options: Arguments) -> list[tuple[str, float]
     tokenizers = [clip_tokenizer() for _ in range(2 if model == "sdxl" else 1)]
     pairs = choose_pairs(table, args, 0)
     data = PairDataset(pairs, tokenizers, args, 0, latent_shape)
-    jpegs = table["jpg_0"][:]
+    jpegs, captions = table["jpg_0"][:], table["caption"][:]
     images = [decode_image(data) for data in jpegs]
     encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in jpegs]
     double = make_pairs(4, 2 * side)["jpg_0"][:]
@@ -85,9 +86,9 @@ def measure(side: int, model: str, options: Arguments) -> list[tuple[str, float]
         ("  draws (noise, flips, ...)", milliseconds(lambda i: draw_pair(0, i, latent_shape), options.pairs)),
         ("  decoding, Pillow, 2 images", 2 * milliseconds(lambda i: decode_image(jpegs[i]), options.pairs)),
         ("  cutting, 2 images", 2 * milliseconds(lambda i: cut_square(images[i], side), options.pairs)),
-        ("  tokenizing", len(tokenizers) * milliseconds(lambda i: tokenize(tokenizers[0], [table[0]["caption"]]), options.pairs)),
-        ("  (not done: scaling to float32, 2 images)", 2 * milliseconds(lambda i: scale_pixels(cut_square(images[i], side)),
-                                                                        options.pairs)),
+        ("  tokenizing", len(tokenizers) * milliseconds(lambda i: tokenize(tokenizers[0], captions[i:i + 1]), options.pairs)),
+        ("  (not done: scaling to float32, 2 images)", 2 * milliseconds(
+            lambda i: scale_pixels(cut_square(images[i], side)), options.pairs)),
         ("  (not used: torchvision's decoder, 2 images)", 2 * milliseconds(
             lambda i: torchvision.io.decode_jpeg(encoded[i]), options.pairs)),
         (f"  from {2 * side} pixels: decoding and cutting, 2 images", 2 * milliseconds(
@@ -100,8 +101,8 @@ def measure(side: int, model: str, options: Arguments) -> list[tuple[str, float]
         cache = random_cache(Path(folder), table, latent_shape, widths)
         cached = PairDataset(choose_pairs(cache.rows(), args, 0), tokenizers, args, 0, latent_shape, cache)
         rows.append(("a pair from a cache", milliseconds(lambda i: cached[i, i], options.pairs)))
-        print(f"{side} px: a pair moves {sum(t.nbytes for t in data[0, 0].values()) / 2**20:.2f} MiB to the device, cached "
-              f"{sum(t.nbytes for t in cached[0, 0].values()) / 2**20:.2f} MiB; the cache keeps "
+        moved, cached_moved = (sum(t.nbytes for t in source[0, 0].values()) / 2**20 for source in (data, cached))
+        print(f"{side} px: a pair moves {moved:.2f} MiB to the device, cached {cached_moved:.2f} MiB; the cache keeps "
               f"{(cache.folder / 'pairs-00000.safetensors').stat().st_size / len(table) / 2**20:.2f} MiB a pair")
     return rows
 
@@ -113,12 +114,11 @@ def main() -> None:
     need = options.gpus * options.pairs_per_gpu
     for side, model in ((512, "sd15"), (1024, "sdxl")):
         rows = measure(side, model, options)
-        print(f"\n| {model}, {side} px | CPU ms | pairs/s a core | cores for {options.gpus} GPUs at {options.pairs_per_gpu:g} "
-              "pairs/s each |\n|---|---:|---:|---:|")
+        print(f"\n| {model}, {side} px | CPU ms | pairs/s a core | cores for {options.gpus} GPUs at "
+              f"{options.pairs_per_gpu:g} pairs/s each |\n|---|---:|---:|---:|")
         for name, spent in rows:
-            whole = not name.startswith(" ")
-            print(f"| {name.strip()} | {spent:.2f} | " + (f"{1000 / spent:.0f} | {need * spent / 1000:.1f} of "
-                                                          f"{options.gpus * options.cores_per_gpu} |" if whole else " | |"))
+            cores = f"{1000 / spent:.0f} | {need * spent / 1000:.1f} of {options.gpus * options.cores_per_gpu} |"
+            print(f"| {name.strip()} | {spent:.2f} | " + (" | |" if name.startswith(" ") else cores))
         print()
 
 

@@ -39,10 +39,11 @@ def make_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> Diffu
                  "scheduler": EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
                  "text_encoder": encoders[0], "tokenizer": clip_tokenizer()}
     if model == "sdxl":
-        pipeline = StableDiffusionXLPipeline(text_encoder_2=encoders[1], tokenizer_2=clip_tokenizer(), add_watermarker=False,
-                                             **parts)
+        pipeline = StableDiffusionXLPipeline(text_encoder_2=encoders[1], tokenizer_2=clip_tokenizer(),
+                                             add_watermarker=False, **parts)
     else:
-        pipeline = StableDiffusionPipeline(safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts)
+        pipeline = StableDiffusionPipeline(safety_checker=None, feature_extractor=None,
+                                           requires_safety_checker=False, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

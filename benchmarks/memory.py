@@ -4,8 +4,10 @@
 
 The policy's forward and backward and the reference's forward are run on tensors that have shapes and a device but no
 content (FakeTensor), under the autocast of training and with flash attention, and every storage that lives is counted,
-for 1 and for 2 pairs, from which more follow; weights, gradients and the optimizer's moments are added. This is a computation, not a measurement: what it leaves out
-are the CUDA context (about 0.5 GiB), workspaces of the libraries and fragmentation, which --margin stands for.
+for 1 and for 2 pairs, from which more follow; weights, gradients and the optimizer's moments are added.
+
+This is a computation, not a measurement: what it leaves out are the CUDA context (about 0.5 GiB), workspaces of the
+libraries and fragmentation, which --margin stands for.
 """
 
 import weakref
@@ -83,7 +85,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class AsOnGPU(TorchFunctionMode):
-    """What CUDA's autocast does and the CPU's does not: norms in float32. Attention in bf16, which flash attention wants."""
+    """What CUDA's autocast does and the CPU's does not: norms in float32, attention in bf16 (so by flash attention)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (F.group_norm, F.layer_norm):
@@ -99,7 +101,8 @@ def halve(unet: nn.Module) -> nn.Module:
     for module in unet.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=torch.bfloat16), requires_grad=False))
+                half = torch.empty_like(parameter, dtype=torch.bfloat16)
+                setattr(module, name, nn.Parameter(half, requires_grad=False))
     return unet
 
 
@@ -125,11 +128,13 @@ def count_step(setting: Setting, batch: int) -> dict[str, float]:
         inputs = (torch.empty(samples, 4, side, side), torch.empty(samples, dtype=torch.long),
                   torch.empty(samples, 77, config["cross_attention_dim"]))
         added = added if setting.model == "sdxl" else None
-        with LiveBytes() as bytes_, torch.autocast("cpu", torch.bfloat16), AsOnGPU():
-            with torch.no_grad():
+        with LiveBytes() as bytes_, AsOnGPU():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 reference(*inputs, added_cond_kwargs=added, return_dict=False)
             reference_peak, bytes_.peak = bytes_.peak, bytes_.live
-            loss = policy(*inputs, added_cond_kwargs=added, return_dict=False)[0].float().square().mean()
+            with torch.autocast("cpu", torch.bfloat16):  # which ends before the backward pass, as accelerate's does
+                prediction = policy(*inputs, added_cond_kwargs=added, return_dict=False)[0]
+            loss = prediction.float().square().mean()
             kept = bytes_.live
             loss.backward()
         size = {name: sum(tensor.numel() * tensor.element_size() for tensor in tensors) / gib for name, tensors in (
@@ -140,12 +145,14 @@ def count_step(setting: Setting, batch: int) -> dict[str, float]:
     weights = size["policy"] + size["gradients"] + size["moments"]
     in_policy, in_reference = bytes_.peak / gib, reference_peak / gib + (reference_weights if setting.offload else 0)
     total = weights + max(in_policy, in_reference) + (0 if setting.offload else reference_weights)
-    return size | {"reference": 0.0 if setting.offload else reference_weights, "activations": kept / gib, "total": total}
+    size["reference"] = 0.0 if setting.offload else reference_weights
+    return size | {"activations": kept / gib, "total": total}
 
 
 def settings(model: str) -> list[Setting]:
     if model == "sdxl":
-        return [Setting(model, "adafactor", checkpointing=True), Setting(model, "adafactor", checkpointing=True, offload=True),
+        return [Setting(model, "adafactor", checkpointing=True),
+                Setting(model, "adafactor", checkpointing=True, offload=True),
                 Setting(model, "adamw", lora=True, checkpointing=True)]
     return [Setting(model, "adamw"), Setting(model, "adamw", checkpointing=True), Setting(model, "adamw8bit"),
             Setting(model, "adamw8bit", checkpointing=True, offload=True), Setting(model, "adamw", lora=True),
@@ -166,7 +173,8 @@ def main() -> None:
         totals = {batch: one["total"] + (batch - 1) * (two["total"] - one["total"]) for batch in options.batches}
         fits = [max((batch for batch, total in totals.items() if total + options.margin <= card), default=0)
                 for card in CARDS]
-        cells = [setting.model, str(setting), *(f"{one[name]:.1f}" for name in ("policy", "gradients", "moments", "reference")),
+        cells = [setting.model, str(setting),
+                 *(f"{one[name]:.1f}" for name in ("policy", "gradients", "moments", "reference")),
                  *(f"{total:.1f}" for total in totals.values()), *(str(fit) if fit else "no" for fit in fits)]
         print("| " + " | ".join(cells) + " |", flush=True)
 

@@ -30,7 +30,8 @@ VAES = {
                    "scaling_factor": 0.18215},
     "sdxl": VAE | {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 1024,
                    "scaling_factor": 0.13025},
-    "tiny": VAE | {"block_out_channels": [8, 16, 16, 16], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 128},
+    "tiny": VAE | {"block_out_channels": [8, 16, 16, 16], "layers_per_block": 1, "norm_num_groups": 8,
+                   "sample_size": 128},
 }
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
           "projection_dim": 768, "hidden_act": "quick_gelu", "vocab_size": 49408}

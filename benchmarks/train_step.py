@@ -65,7 +65,7 @@ class Arguments:
     steps: int = field(default=5, metadata={"help": "optimizer steps measured, after one that is not"})
     mixed_precision: str = field(default="", metadata={"help": "default: bf16, on a CPU no"})
     num_workers: int = field(default=-1, metadata={"help": "data workers (default 8, on a CPU 0)"})
-    train_flags: list[str] = field(default_factory=list, metadata={"help": "more flags of train.py, as --train_flags=..."})
+    train_flags: list[str] = field(default_factory=list, metadata={"help": "more of train.py, as --train_flags=--FLAG"})
     json: str | None = field(default=None, metadata={"help": "write the figures here too"})
 
 
@@ -128,12 +128,14 @@ def our_micro_step(policy, unwrapped, models: Models, batch, args: TrainArgument
         scalars.add(result.logs)
 
 
-def official_micro_step(policy, models: Models, batch, args: TrainArguments, accelerator: Accelerator, parts: Parts) -> dict:
+def official_micro_step(policy, models: Models, batch, args: TrainArguments, accelerator: Accelerator,
+                        parts: Parts) -> dict:
     """The same as the official program does it."""
     dtype, config = models.vae.dtype, args.loss_config()
     with torch.no_grad():
         pixels = winners_first(batch["pixel_values"]).to(dtype)
-        latents = torch.cat([models.vae.encode(part).latent_dist.sample() for part in pixels.split(args.train_batch_size)])
+        halves = pixels.split(args.train_batch_size)
+        latents = torch.cat([models.vae.encode(half).latent_dist.sample() for half in halves])
         latents = latents * models.vae.config.scaling_factor
         noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
         steps = torch.randint(0, 1000, (args.train_batch_size,), device=latents.device).repeat(2)
@@ -204,13 +206,16 @@ def prepare(variant: str, args: TrainArguments, options: Arguments, table: datas
     if official:  # which moves float pixels
         read = dataset.read
         dataset.read = lambda *key: (item := read(*key)) | {"pixel_values": scale_pixels(item["pixel_values"])}
-    batches = iter(make_loader(dataset, args, accelerator.process_index, accelerator.num_processes, 0, options.steps + 1,
-                               pin_memory=device.type == "cuda"))
+    batches = iter(make_loader(dataset, args, accelerator.process_index, accelerator.num_processes, 0,
+                               options.steps + 1, pin_memory=device.type == "cuda"))
 
     parts, scalars = Parts(device), StepScalars()
-    for module, name in [(policy, "policy"), (models.reference, "reference"), *[(e, "text") for e in models.text_encoders],
-                         *([(models.vae.encoder, "vae")] if models.vae else [])]:
-        parts.watch(module, name)
+    parts.watch(policy, "policy")
+    parts.watch(models.reference, "reference")
+    for encoder in models.text_encoders:
+        parts.watch(encoder, "text")
+    if models.vae is not None:
+        parts.watch(models.vae.encoder, "vae")
 
     def optimizer_step() -> None:
         for _ in range(options.accumulation):

@@ -110,8 +110,8 @@ def write_prompts(folder: Path, prompts: list[str], models: Models, args: TrainA
     return names
 
 
-def write_pairs(folder: Path, table: datasets.Dataset, columns: list[str], models: Models, args: TrainArguments, options: CacheArguments,
-                accelerator: Accelerator) -> list[str]:
+def write_pairs(folder: Path, table: datasets.Dataset, columns: list[str], models: Models, args: TrainArguments,
+                options: CacheArguments, accelerator: Accelerator) -> list[str]:
     """This process's share of the image shards; returns the names of all of them."""
     per_shard, rows = options.pairs_per_shard, len(table)
     names = [f"pairs-{number:05}.safetensors" for number in range(-(-rows // per_shard))]

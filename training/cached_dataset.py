@@ -64,8 +64,8 @@ def check_settings(folder: Path, cached: dict, run: dict) -> None:
     differences = [f"{name} was {_short(cached.get(name))}, is {_short(run[name])}" for name in run
                    if name not in harmless and cached.get(name) != run[name]]
     if differences:
-        raise UserError(f"--cached_dataset {folder} was made otherwise than this run asks for ({'; '.join(differences)}; "
-                        f"made with {cached.get('model')}): train with those, or cache into another folder")
+        raise UserError(f"--cached_dataset {folder} was made otherwise than this run asks for "
+                        f"({'; '.join(differences)}; made with {cached.get('model')}): train with those, or cache into another folder")
 
 
 def _short(value) -> str:

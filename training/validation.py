@@ -26,7 +26,8 @@ def make_pipeline(models: Models, unet, args: TrainArguments, device: torch.devi
         for number, encoder in enumerate(models.text_encoders):
             parts["text_encoder" if number == 0 else "text_encoder_2"] = encoder
     elif args.pretrained_vae_model_name_or_path:  # with a cache
-        parts["vae"] = from_hub(AutoencoderKL, args.pretrained_vae_model_name_or_path, "the VAE", cache_dir=args.cache_dir)
+        parts["vae"] = from_hub(AutoencoderKL, args.pretrained_vae_model_name_or_path, "the VAE",
+                                cache_dir=args.cache_dir)
     pipeline = kind.from_pretrained(args.pretrained_model_name_or_path, revision=args.revision,
                                     cache_dir=args.cache_dir, **parts)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)

@@ -77,7 +77,12 @@ def test_the_reference_comes_and_goes_and_is_never_written_back():
 
 def test_8bit_adam_is_asked_of_two_libraries_and_missed_in_one_line(monkeypatch):
     asked = []
-    monkeypatch.setattr("training.optimizers.importlib.import_module", lambda name: asked.append(name) or exec("raise ImportError"))
+
+    def missing(name):
+        asked.append(name)
+        raise ImportError(name)
+
+    monkeypatch.setattr("training.optimizers.importlib.import_module", missing)
     with pytest.raises(UserError, match="needs bitsandbytes or torchao"):
         adamw_8bit()
     assert asked == ["bitsandbytes.optim", "torchao.optim"]
@@ -119,7 +124,8 @@ def set_up(base, pairs, device, *more):
     load_frozen_encoders(models, args, torch.float32, device)
     load_policy_and_reference(models, args, torch.float32, device)
     dataset = PairDataset(choose_pairs(load_table(args), args, 0), models.tokenizers, args, 0, models.latent_shape)
-    batch = {name: tensor.to(device) for name, tensor in next(iter(make_loader(dataset, args, 0, 1, 0, 1, False))).items()}
+    [batch] = make_loader(dataset, args, 0, 1, 0, 1, pin_memory=False)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
     config, scalars = args.loss_config(), StepScalars()
 
     def micro_step():
@@ -134,7 +140,8 @@ def set_up(base, pairs, device, *more):
 
 SETTINGS = [("tiny_sd15", []), ("tiny_sdxl", ["--sdxl"]), ("tiny_sd15", ["--lora_rank", 2]),
             ("tiny_sd15", ["--noise_offset", 0.1, "--input_perturbation", 0.1, "--train_method", "dmpo"]),
-            ("tiny_sd15", ["--train_method", "dspo", "--winner_preserving_granularity", "sample", "--gradient_checkpointing"])]
+            ("tiny_sd15", ["--train_method", "dspo", "--winner_preserving_granularity", "sample",
+                           "--gradient_checkpointing"])]
 
 
 @pytest.mark.parametrize("kind, more", SETTINGS)
