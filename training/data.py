@@ -15,7 +15,7 @@ from training.cached_dataset import CachedDataset
 from training.draws import PairDraw, PairStream, draw_pair
 from training.errors import UserError, first_line
 from training.images import cut_square
-from training.signals import leave_terminal
+from training.signals import outlive_signals
 
 MAX_PASSED_OVER = 100  # bad pairs in a row, after which there is little hope for a good one
 MAX_CAPTION_CHARACTERS = 20_000  # 77 tokens never reach so far, and tokenizing a whole book takes seconds
@@ -248,4 +248,4 @@ def make_loader(dataset: PairDataset, args: TrainArguments, rank: int, world_siz
     workers = args.dataloader_num_workers
     return DataLoader(dataset, batch_sampler=stream, num_workers=workers, pin_memory=pin_memory,
                       persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
-                      worker_init_fn=leave_terminal)
+                      worker_init_fn=outlive_signals)

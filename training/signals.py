@@ -1,5 +1,7 @@
 """SIGTERM (preemption) and SIGINT (Ctrl-C) ask a run to stop at its next step; one more ends it at once."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 import time
@@ -34,7 +36,16 @@ class StopSignal:
             os.kill(os.getpid(), number)
 
 
-def leave_terminal(worker: int) -> None:
-    """For data workers: a process group of their own, so that Ctrl-C or a signal to the run's group does not kill them
-    before the step at which the run stops."""
+_run_has_ended = multiprocessing.RawValue("b", 0)  # shared with data workers
+atexit.register(lambda: setattr(_run_has_ended, "value", 1))
+
+
+def outlive_signals(worker: int) -> None:
+    """For data workers: they serve until the run stops, though a scheduler or a terminal sends them its signal too.
+
+    They leave the run's process group, ignore SIGINT, and obey SIGTERM once their parent is ending, which is how
+    multiprocessing then ends them.
+    """
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if _run_has_ended.value else None)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -42,7 +43,8 @@ def test_a_signal_stops_with_a_checkpoint_and_workers_may_change(train_tiny, tmp
     pids = train_tiny.start(tmp_path / "stopped", *flags, "--dataloader_num_workers=2")
     while len(train_tiny.losses_file.read_text().splitlines() if train_tiny.losses_file.is_file() else []) < 3:
         time.sleep(0.05)
-    os.killpg(pids[0], signal.SIGTERM)  # the data workers are not meant, and go on
+    for process in [psutil.Process(pids[0]), *psutil.Process(pids[0]).children(recursive=True)]:
+        process.send_signal(signal.SIGTERM)  # as some schedulers do: the data workers get it too
     output = train_tiny.wait(expect=0)
     stopped = [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")]
     assert "Stopped by SIGTERM" in output and len(stopped) == 1 and not (tmp_path / "stopped" / "unet.pth").exists()
