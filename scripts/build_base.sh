@@ -22,4 +22,5 @@ train() { # the UNet, on the mixture of good and poor drawings
     train --output_dir "$output/trained" --unet_init "$output/first/unet.pth" --noise_offset 0.1 \
         --learning_rate 1e-3 --lr_warmup_steps 30 --max_train_steps 1100 --seed 1
     python -m shapes.base ship --output "$output"
+    python -m shapes.base judge
 } 2>&1 | tee "$output/build.log"

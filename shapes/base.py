@@ -1,10 +1,11 @@
 """The base model that draws: its data, its autoencoder and its text encoder, trained from nothing.
 
-scripts/build_base.sh runs the three steps, of which the UNet's training is train.py's own:
+scripts/build_base.sh runs the steps, of which the UNet's training is train.py's own:
 
     python -m shapes.base prepare --output outputs/base     # pairs, autoencoder, text encoder, untrained UNet
     train.py --train_method sft ...                         # the UNet
-    python -m shapes.base ship --output outputs/base        # float16 weights into shapes/base, oracle, grid
+    python -m shapes.base ship --output outputs/base        # float16 weights into shapes/base
+    python -m shapes.base judge                             # what the oracle says of its drawings
 
 The base is trained on a mixture of good and poor drawings under the same captions, as real base models are, so that
 preference tuning has something to gain; captions for which held_out() is true are never shown to it.
@@ -202,15 +203,17 @@ def prepare(output: Path, seed: int) -> None:
                  new_unet()).save_pretrained(output / "start")
 
 
-def ship(output: Path, num_prompts: int) -> None:
-    """Write the trained parts of the pipeline in output/trained as float16 into shapes/base, then open what was shipped
-    and tell what the oracle says of its drawings; the grid of images goes to docs/images."""
+def ship(output: Path) -> None:
+    """Write the trained parts of the pipeline in output/trained as float16 into shapes/base."""
     trained = StableDiffusionPipeline.from_pretrained(output / "trained", dtype=torch.float16)
     for name in ("vae", "text_encoder", "unet"):
         getattr(trained, name).save_pretrained(SHIPPED / name)
     size = sum(path.stat().st_size for path in SHIPPED.rglob("*.safetensors"))
-    print(f"shipped {size / 1e6:.1f} MB in {SHIPPED.relative_to(Path.cwd())}")
+    print(f"shipped {size / 1e6:.1f} MB in {SHIPPED}")
 
+
+def judge_base(num_prompts: int) -> None:
+    """Tell what the oracle says of the shipped base's drawings; a grid of unseen prompts' goes to docs/images."""
     pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline())
     for unseen in (False, True):
         rng = random.Random(1)
@@ -261,16 +264,18 @@ def _attribute_indices(drawing, choices):
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Prepare, and then ship, the base model that draws shapes.")
-    parser.add_argument("step", choices=("prepare", "ship"))
+    parser = ArgumentParser(description="Prepare, ship and judge the base model that draws shapes.")
+    parser.add_argument("step", choices=("prepare", "ship", "judge"))
     parser.add_argument("--output", type=Path, default=Path("outputs/base"), help="folder of the build")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_prompts", type=int, default=400, help="seen and unseen prompts, each, to judge")
+    parser.add_argument("--num_prompts", type=int, default=100, help="seen and unseen prompts, each, to judge")
     args = parser.parse_args()
     if args.step == "prepare":
         prepare(args.output, args.seed)
+    elif args.step == "ship":
+        ship(args.output)
     else:
-        ship(args.output, args.num_prompts)
+        judge_base(args.num_prompts)
 
 
 if __name__ == "__main__":
