@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training.arguments import TrainArguments, warn
-from training.compile import compile_blocks
+from training.compile import check_compiler, compile_blocks
 from training.errors import UserError
 from training.weights import from_hub, load_unet
 
@@ -84,6 +84,8 @@ def load_frozen_encoders(models: Models, args: TrainArguments, dtype: torch.dtyp
 
 def load_policy_and_reference(models: Models, args: TrainArguments, dtype: torch.dtype, device: torch.device) -> None:
     """The base's UNet as policy and reference. Raises UserError."""
+    if args.compile:
+        check_compiler(device)
     policy = load_unet(args.pretrained_model_name_or_path, args.unet_init, revision=args.revision,
                        cache_dir=args.cache_dir)
     check_conditioning(policy, args)
