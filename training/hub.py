@@ -13,7 +13,7 @@ tags: [text-to-image, diffusers, preference-optimization, {method}]
 ---
 # {name}
 
-[{base}](https://huggingface.co/{base}) trained on the preference pairs of `{dataset}` with {method}{safeguard}.
+[{base}](https://huggingface.co/{base}) trained with {method}{safeguard}{data}.
 
 | setting | value |
 |---|---|
@@ -32,7 +32,8 @@ def model_card(args: TrainArguments, name: str) -> str:
     safeguard = (f" and the winner-preserving safeguard (mu {args.winner_preserving_mu})"
                  if args.use_winner_preserving else "")
     return CARD.format(base=args.pretrained_model_name_or_path, method=args.train_method, name=name, settings=rows,
-                       dataset=args.data_source, safeguard=safeguard,
+                       data=f" on the preference pairs of `{args.data_source}`" if args.data_source else "",
+                       safeguard=safeguard,
                        license="openrail++" if args.sdxl else "creativeml-openrail-m")
 
 
