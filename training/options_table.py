@@ -17,7 +17,8 @@ def options_table() -> str:
             default = "on" if default is True else "off" if default is False else ""
         elif isinstance(default, float):
             default = f"{default:g}"
-        choices = get_args(option.type) if get_origin(option.type) is Literal else ()
+        kinds = [option.type, *get_args(option.type)]  # Literal, or Literal | None
+        choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
         listed = f" ({', '.join(choices)})" if choices else ""
         rows.append(f"| `{option.name}` | {default} | {option.metadata['help']}{listed} |")
     return "\n".join(rows)
