@@ -11,6 +11,7 @@ libraries and fragmentation, which --margin stands for.
 """
 
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -19,7 +20,6 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import HfArgumentParser
@@ -84,15 +84,19 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-class AsOnGPU(TorchFunctionMode):
+@contextmanager
+def as_on_a_gpu():
     """What CUDA's autocast does and the CPU's does not: norms in float32, attention in bf16 (so by flash attention)."""
+    def norm(function):
+        return lambda input, *args, **kwargs: function(input.float(), *args, **kwargs)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (F.group_norm, F.layer_norm):
-            args = (args[0].float(), *args[1:])
-        elif func is F.scaled_dot_product_attention:
-            args = (*(tensor.bfloat16() for tensor in args[:3]), *args[3:])
-        return func(*args, **(kwargs or {}))
+    def attend(query, key, value, **kwargs):
+        return attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), **kwargs)
+
+    attention = F.scaled_dot_product_attention
+    with mock.patch.multiple(F, group_norm=norm(F.group_norm), layer_norm=norm(F.layer_norm),
+                             scaled_dot_product_attention=attend):
+        yield
 
 
 def halve(unet: nn.Module) -> nn.Module:
@@ -128,7 +132,7 @@ def count_step(setting: Setting, batch: int) -> dict[str, float]:
         inputs = (torch.empty(samples, 4, side, side), torch.empty(samples, dtype=torch.long),
                   torch.empty(samples, 77, config["cross_attention_dim"]))
         added = added if setting.model == "sdxl" else None
-        with LiveBytes() as bytes_, AsOnGPU():
+        with LiveBytes() as bytes_, as_on_a_gpu():
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 reference(*inputs, added_cond_kwargs=added, return_dict=False)
             reference_peak, bytes_.peak = bytes_.peak, bytes_.live
