@@ -28,7 +28,7 @@ run "$PYTHON" -m shapes.quickstart table plain safeguarded --output "$output"
 
 say "4 of 5: images of the prompt group 'shapes', by the base and by the safeguarded model"
 generate=(--pretrained_model_name_or_path "$output/base" --prompts shapes --height 32 --width 32 --num_inference_steps 30
-          --cfg 1.0 --limit 48 --batch_size 48 --mixed_precision no --no_zip)
+          --cfg 2.5 --limit 48 --batch_size 48 --mixed_precision no --no_zip)
 run "$PYTHON" -m eval.generate --unet_path "$output/base/unet" --output_dir "$output/eval/base" "${generate[@]}"
 run "$PYTHON" -m eval.generate --unet_path "$output/safeguarded/unet.pth" --output_dir "$output/eval/safeguarded" "${generate[@]}"
 
