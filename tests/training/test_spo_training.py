@@ -149,7 +149,7 @@ def test_gradients_are_clipped(judge, tiny_sd15, tmp_path):
                      learning_rate=1, max_grad_norm=1e-3))
     assert scalars(output)["grad_norm"][0] > 2e-3
     base = load_file(tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors")
-    moved = sum((base[key] - value).square().sum() for key, value in torch.load(output / "unet.pth").items()).sqrt()
+    moved = sum((base[key] - value).square().sum() for key, value in torch.load(output / "unet.pth", weights_only=True).items()).sqrt()
     assert moved.item() == pytest.approx(1e-3, rel=1e-2)
 
 
