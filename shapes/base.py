@@ -235,8 +235,8 @@ def _minimise(parameters, loss_at, steps, learning_rate, name):
     """Adam with a short warm-up and a cosine decay to zero; logs the loss ten times."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05,
-                                                   cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps,
+                                                   pct_start=max(0.05, 2 / steps), cycle_momentum=False)
     start, total = time.time(), 0.0
     for step in range(1, steps + 1):
         loss = loss_at(step)

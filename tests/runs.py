@@ -1,5 +1,7 @@
 """What tests ask of a training run: its options for small models, its weights, its logged scalars."""
 
+import shutil
+
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -11,6 +13,13 @@ def launch(python, processes=1):
     several = ["--multi_gpu", "--num_machines", 1] if processes > 1 else ["--cpu"]
     return [python, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", processes, *several,
             "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0, "train.py"]
+
+
+def continue_from(run, copy, *lost):
+    """Copy a finished run as if it had been stopped: without its result, its logs and the checkpoints named `lost`."""
+    shutil.copytree(run, copy)
+    for path in [*map(copy.joinpath, lost), *copy.glob("unet*"), *copy.glob("logs")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def weights(folder):

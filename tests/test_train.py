@@ -2,14 +2,13 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from tests.runs import SMALL, equal, launch, scalars, weights
+from tests.runs import SMALL, continue_from, equal, launch, scalars, weights
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def test_two_processes_stop_resume_and_end_as_the_unbroken_run(two_process_run, 
     output, flags = two_process_run
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
     resumed = tmp_path / "resumed"
-    shutil.copytree(output, resumed, ignore=shutil.ignore_patterns("checkpoint-3", "checkpoint-4", "unet*", "logs"))
+    continue_from(output, resumed, "checkpoint-3", "checkpoint-4")
     result = run([*launch(python, 2), *flags, "--output_dir", resumed])
     assert "resuming" in result.stdout and "after step 2" in result.stdout
     assert equal(weights(resumed), weights(output))
@@ -70,7 +69,7 @@ def test_lora_trains_resumes_and_merges(tiny_sdxl, pairs_dir, tmp_path, run, pyt
     output = tmp_path / "out"
     run([python, "train.py", *flags, "--output_dir", output])
     resumed = tmp_path / "resumed"
-    shutil.copytree(output, resumed, ignore=shutil.ignore_patterns("checkpoint-3", "unet*", "*.safetensors.x"))
+    continue_from(output, resumed, "checkpoint-3")
     run([python, "train.py", *flags, "--output_dir", resumed])
     assert equal(weights(output), weights(resumed))
 
@@ -123,7 +122,7 @@ def test_bad_input_is_one_line_and_loses_nothing(two_process_run, tiny_sd15, tin
         ([*base, "--beta_dpo", -1], ["--beta_dpo"]),
         ([*base, "--pretrained_model_name_or_path", "no/such-model"], ["no/such-model", "hub"]),
         ([*base, "--train_data_dir", tmp_path / "nothing"], ["nothing", "no such folder"]),
-        ([*base, "--sdxl"], ["--sdxl", "tokenizer"]),
+        ([*base, "--sdxl"], ["is --sdxl right", "text_encoder_2"]),
         (["--pretrained_model_name_or_path", tiny_sdxl, "--train_data_dir", pairs_dir, *SMALL], ["SDXL", "--sdxl"]),
         ([*base, "--mixed_precision", "fp16"], ["fp16 needs a GPU"]) if not torch.cuda.is_available() else
         ([*base, "--resolution", 7], ["resolution"]),

@@ -77,8 +77,9 @@ class Torture:
         if not scenario.launcher:
             return forge.start(forge.Launch(argv, scenario.processes, f"{output}.log", f"{output}.losses"))
         forge.exit_codes.clear()
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes",
-                   str(scenario.processes), "--main_process_port", str(forge.free_port()), "train.py", *argv]
+        several = ["--multi_gpu", "--num_machines", "1"] if scenario.processes > 1 else ["--cpu"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *several, "--num_processes",
+                   str(scenario.processes), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(forge.free_port()), "train.py", *argv]
         with open(f"{output}.log", "a") as log:
             return [subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True).pid]
 

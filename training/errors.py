@@ -67,7 +67,8 @@ def fail(message: str, wait: float = 0.0) -> NoReturn:
             pass
     sys.stdout.flush()
     time.sleep(wait)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    new_line = "\n" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""  # another process's progress bar may stand there
+    print(f"{new_line}error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)
 
 

@@ -66,7 +66,8 @@ def load_frozen_encoders(models: Models, args: TrainArguments, dtype: torch.dtyp
     classes = [("text_encoder_2", CLIPTextModelWithProjection)] if args.sdxl else []
     if not is_refiner(args):
         classes.insert(0, ("text_encoder", CLIPTextModel))
-    models.text_encoders = [from_hub(cls, base, "a text encoder", subfolder=subfolder, torch_dtype=dtype, **hub)
+    what = "a text encoder (is --sdxl right for this model?)" if args.sdxl else "the text encoder"
+    models.text_encoders = [from_hub(cls, base, what, subfolder=subfolder, torch_dtype=dtype, **hub)
                             .requires_grad_(False).eval().to(device) for subfolder, cls in classes]
     vae_name, where = args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
     if vae_name is None:

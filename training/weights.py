@@ -47,10 +47,10 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 def load_strictly(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str | os.PathLike) -> None:
     """Load `state` into `model` with strict=True; what does not fit is reported by key and shape as a UserError."""
     own = model.state_dict()
-    faults = [f"missing {key} {tuple(own[key].shape)}" for key in own if key not in state]
+    faults = [f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
+              for key in own if key in state and state[key].shape != own[key].shape]
     faults += [f"unexpected {key} {tuple(state[key].shape)}" for key in state if key not in own]
-    faults += [f"{key} is {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
-               for key in own if key in state and state[key].shape != own[key].shape]
+    faults += [f"missing {key} {tuple(own[key].shape)}" for key in own if key not in state]
     if faults:
         shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         raise UserError(f"{source} does not fit this {type(model).__name__} ({shown}). "

@@ -47,7 +47,7 @@ def test_labels_name_the_winner_and_undecided_pairs_are_dropped_aloud(tmp_path):
     assert "1 of 4 pairs dropped without a decision" in pairs.notes[0]
     dataset = PairDataset(pairs, [OneToken()], args, 0, (4, 8, 8))
     for index, red_wins in enumerate(pairs.first_wins):
-        winner, loser = dataset[0, index]["pixel_values"]
+        winner, loser = dataset[0, index]["pixel_values"].float() / 255
         red, blue = (winner, loser) if red_wins else (loser, winner)
         assert red[0].mean() > 0.9 > red[2].mean() and blue[2].mean() > 0.9
 
@@ -129,12 +129,15 @@ def test_flips_are_independent_or_paired(tmp_path):
     def flips(*flags):
         args = arguments(path, *flags)
         dataset = PairDataset(choose_pairs(load_table(args), args, 0), [OneToken()], args, 0, (4, 8, 8))
-        sides = [[member[0, 32, 0].item() > 0 for member in dataset[position, 0]["pixel_values"]] for position in range(60)]
+        sides = [[member[0, 32, 0].item() > 127 for member in dataset[position, 0]["pixel_values"]] for position in range(60)]
         return {tuple(side) for side in sides}
 
-    buffer = io.BytesIO()
-    stripes(64, 64).save(buffer, "PNG")
-    path = table([1.0], tmp_path, jpg_0=[buffer.getvalue()], jpg_1=[buffer.getvalue()])
+    encoded = []
+    for side in (64, 128):  # two files: the same one twice would be no pair
+        buffer = io.BytesIO()
+        stripes(side, side).save(buffer, "PNG")
+        encoded.append([buffer.getvalue()])
+    path = table([1.0], tmp_path, jpg_0=encoded[0], jpg_1=encoded[1])
     assert flips() == {(a, b) for a in (False, True) for b in (False, True)}
     assert flips("--paired_hflip") == {(False, False), (True, True)}
     assert flips("--no_hflip") == {(False, False)}

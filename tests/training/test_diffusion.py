@@ -6,6 +6,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from training.arguments import parse_arguments
 from training.diffusion import choose_timesteps, encode_images, encode_prompts, noisy_batch, size_ids, winners_first
+from training.images import scale_pixels
 from training.models import load_frozen_encoders, load_tokenizers_and_scheduler
 
 
@@ -21,7 +22,7 @@ def batch(models, pairs=2, members=2, **extra):
     generator = torch.Generator().manual_seed(0)
     ids = [tokenizer(["a red circle", ""][:pairs], padding="max_length", max_length=77, return_tensors="pt").input_ids
            for tokenizer in models.tokenizers]
-    return {"pixel_values": torch.rand(pairs, members, 3, 64, 64, generator=generator) * 2 - 1,
+    return {"pixel_values": torch.randint(0, 256, (pairs, members, 3, 64, 64), generator=generator, dtype=torch.uint8),
             "vae_noise": torch.randn(pairs, members, 4, 8, 8, generator=generator),
             "noise": torch.randn(pairs, 4, 8, 8, generator=generator),
             "timestep": torch.tensor([0.1234, 0.9999])[:pairs].double(),
@@ -40,7 +41,8 @@ def test_a_pair_shares_noise_and_timestep_and_the_target_is_by_definition(predic
     data = batch(models)
     inputs = noisy_batch(data, models, args)
     assert inputs.timesteps.tolist() == [123, 999, 123, 999]
-    latents = encode_images(models.vae, winners_first(data["pixel_values"]), winners_first(data["vae_noise"]))
+    images = scale_pixels(winners_first(data["pixel_values"]))
+    latents = encode_images(models.vae, images, winners_first(data["vae_noise"]))
     alpha = models.scheduler.alphas_cumprod[inputs.timesteps].reshape(-1, 1, 1, 1)
     noise = data["noise"].repeat(2, 1, 1, 1)
     torch.testing.assert_close(inputs.latents, alpha.sqrt() * latents + (1 - alpha).sqrt() * noise)
@@ -53,7 +55,7 @@ def test_a_pair_shares_noise_and_timestep_and_the_target_is_by_definition(predic
 def test_latents_are_sampled_and_scaled(tiny_sd15):
     models, _ = models_of(tiny_sd15)
     data = batch(models)
-    images = winners_first(data["pixel_values"])
+    images = scale_pixels(winners_first(data["pixel_values"]))
     distribution = models.vae.encode(images).latent_dist
     noise = winners_first(data["vae_noise"])
     expected = (distribution.mean + distribution.std * noise) * models.vae.config.scaling_factor

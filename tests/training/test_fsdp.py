@@ -1,6 +1,5 @@
 """The policy sharded by FSDP2 over two processes: exact at step 0, whole on disk, resumed to the bit."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from tests.runs import continue_from
 from training.logs import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def test_fsdp2_trains_saves_and_resumes(tiny_sd15, pairs_dir, tmp_path, run):
     assert first["grad_norm"] > 0
 
     resumed = tmp_path / "resumed"
-    shutil.copytree(tmp_path / "whole", resumed, ignore=shutil.ignore_patterns("checkpoint-2", "unet*", "logs"))
+    continue_from(tmp_path / "whole", resumed, "checkpoint-2")
     result = run([*command, "--output_dir", resumed], **environment)
     assert "after step 1" in result.stdout
     states = [torch.load(folder / "unet.pth", weights_only=True) for folder in (tmp_path / "whole", resumed)]

@@ -130,8 +130,8 @@ run_program(train.main)
     argv = [f"--pretrained_model_name_or_path={train_tiny.base}", f"--train_data_dir={train_tiny.pairs}",
             f"--output_dir={tmp_path / 'out'}", "--resolution=64", "--mixed_precision=no", "--max_train_steps=4",
             "--dataloader_num_workers=1", "--lr_warmup_steps=0", "--report_to=none"]
-    result = run([python, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2",
-                  "--main_process_port", "0", program, *argv], expect=None)
+    result = run([python, "-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_processes", "2",
+                  "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", program, *argv], expect=None)
     assert result.returncode != 0 and time.monotonic() - begin < 200
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert lines == ["error: this rank's shard is gone: fetch it again"]
