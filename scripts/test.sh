@@ -18,4 +18,4 @@ fi
 cd "$ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 workers="$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')"
-run "$PYTHON" -m pytest -n "$workers" --dist loadfile "$@"
+run "$PYTHON" -m pytest -n "$workers" --dist worksteal "$@"
