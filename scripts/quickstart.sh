@@ -12,11 +12,11 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false  # nothing is downloaded: m
 started=$SECONDS
 
 say "1 of 5: a small base model that draws shapes, and preference pairs"
-run "$PYTHON" -m shapes.quickstart prepare --output "$output"
+run "$PYTHON" -m shapes.quickstart prepare --output "$output" --num_pairs 96
 
 say "2 of 5: Diffusion-DPO, plain and with the safeguard"
 common=(--pretrained_model_name_or_path "$output/base" --train_data_dir "$output/pairs" --resolution 32 --no_hflip
-        --mixed_precision no --train_batch_size 16 --gradient_accumulation_steps 1 --max_train_steps 60
+        --mixed_precision no --train_batch_size 16 --gradient_accumulation_steps 1 --max_train_steps 40
         --lr_warmup_steps 5 --learning_rate 3e-5 --scale_lr false --dataloader_num_workers 0 --seed 0
         --checkpointing_steps 0 --checkpoints_total_limit 1)
 run bash scripts/train/sd15_diffusion_dpo.sh "${common[@]}" --output_dir "$output/plain" --use_winner_preserving false \
@@ -28,7 +28,7 @@ run "$PYTHON" -m shapes.quickstart table plain safeguarded --output "$output"
 
 say "4 of 5: images of the prompt group 'shapes', by the base and by the safeguarded model"
 generate=(--pretrained_model_name_or_path "$output/base" --prompts shapes --height 32 --width 32 --num_inference_steps 30
-          --cfg 2.5 --limit 48 --batch_size 48 --mixed_precision no --no_zip)
+          --cfg 2.5 --limit 24 --batch_size 24 --mixed_precision no --no_zip)
 run "$PYTHON" -m eval.generate --unet_path "$output/base/unet" --output_dir "$output/eval/base" "${generate[@]}"
 run "$PYTHON" -m eval.generate --unet_path "$output/safeguarded/unet.pth" --output_dir "$output/eval/safeguarded" "${generate[@]}"
 
