@@ -43,6 +43,7 @@ class Arguments:
     node_gbs: float = field(default=300.0, metadata={"help": "GB/s of an all-reduce within a node (its bus bandwidth)"})
     network_gbs: float = field(default=40.0, metadata={"help": "GB/s of an all-reduce between nodes"})
     overlap: float = field(default=0.8, metadata={"help": "share of a backward pass that hides communication"})
+    json: str | None = field(default=None, metadata={"help": "a file for the counts"})
 
 
 class Collectives:
@@ -128,6 +129,8 @@ def model_times(options: Arguments, parameters: int) -> list[str]:
 def main() -> None:
     [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.communication").parse_args_into_dataclasses()
     counted = count_in_two_processes(options.accumulation)
+    if options.json:
+        Path(options.json).write_text(json.dumps(counted))
     print(f"An optimizer step of {options.accumulation} micro-steps, tiny model, 2 processes, counted on each:\n")
     print("| | collectives | all-reduced bytes | bytes a trainable parameter | others |\n|---|---:|---:|---:|---|")
     for variant, counts in counted.items():

@@ -229,7 +229,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("fault, told", [
-    ("other base", r"missing .*|unexpected .*other base model"),
+    ("other base", r"does not fit this UNet2DConditionModel .*other base model"),
     ("evil pickle", "nothing in it was executed"),
     ("no file", "no weights at|no file or folder"),
     ("empty prompts", "lists no prompt"),
