@@ -31,6 +31,7 @@ from training.launch import (COMPUTE_DTYPES, gradient_norm, identify_run, start_
 from training.logs import MetricsFile, StepScalars, Throughput, peak_memory_gb
 from training.models import (load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler)
 from training.optimizers import effective_learning_rate, make_optimizer, make_schedule, optimizer_name
+from training.parameter_space import backward_in_parameter_space
 from training.relabel import ai_feedback_labels
 from training.signals import StopSignal
 from training.spo_arguments import SPOArguments
@@ -41,7 +42,7 @@ def summary(args: TrainArguments, accelerator: Accelerator, pairs, lr: float, ma
     per_step = accelerator.num_processes * args.train_batch_size * args.gradient_accumulation_steps
     safeguard = "off"
     if args.use_winner_preserving:
-        safeguard = f"mu {args.winner_preserving_mu}, one lambda a {args.winner_preserving_granularity}"
+        safeguard = f"mu {args.winner_preserving_mu}, one lambda a {args.winner_preserving_granularity}, {args.winner_preserving_space} space"
     reference = "none" if not args.needs_reference else "policy without adapter" if args.lora_rank else "frozen copy"
     lines = {
         "method": f"{args.train_method}, beta {args.beta_dpo:g}, safeguard {safeguard}",
@@ -124,8 +125,12 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
                     ref_pred = predict_reference(models, unwrapped, inputs) if args.needs_reference else None
                 with accelerator.autocast():  # a context of its own: weights that the first one cast carry no gradient
                     model_pred = predict(policy, inputs)
-                result = preference_loss(model_pred, ref_pred, inputs.target, loss_config)
-                accelerator.backward(result.loss)
+                if args.safeguards_parameters:
+                    result = backward_in_parameter_space(accelerator, trainable, model_pred, ref_pred, inputs.target,
+                                                         loss_config)
+                else:
+                    result = preference_loss(model_pred, ref_pred, inputs.target, loss_config)
+                    accelerator.backward(result.loss)
                 scalars.add(result.logs)
                 guards.note(inputs.timesteps, result)
         done = step + 1

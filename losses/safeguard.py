@@ -31,6 +31,19 @@ def winner_preserving_scale(model_pred: Tensor, target: Tensor, mu: float, granu
     return scale.squeeze(0) if granularity == "batch" else scale
 
 
+@torch.no_grad()
+def parameter_space_scale(through_winners: list[Tensor], through_losers: list[Tensor], mu: float) -> Tensor:
+    """lambda () from the parameters' gradients of the loss through the winners, G_w, and through the losers, G_l.
+
+    lambda = clamp((1 - mu) <G_w, G_w> / -<G_w, G_l>, 0, 1)  if <G_w, G_l> < 0, else 1. A step along -(G_w + lambda G_l)
+    lowers what a step along -G_w lowers, by mu <G_w, G_w> or more to first order. The lists have the same shapes.
+    """
+    winner_dot_winner = sum((winner * winner).sum() for winner in through_winners)
+    opposition = -sum((winner * loser).sum() for winner, loser in zip(through_winners, through_losers))
+    scale = ((1.0 - mu) * winner_dot_winner / opposition).clamp(0.0, 1.0)
+    return torch.where(opposition > 0, scale, torch.ones_like(scale))
+
+
 def scale_gradient(value: Tensor, scale: Tensor | float) -> Tensor:
     """`value` unchanged, its gradient multiplied by `scale`. The subtraction is exact: equal floats give 0."""
     return value.detach() + scale * (value - value.detach())

@@ -46,6 +46,7 @@ from training.draws import draw_pair, epoch_order
 from training.errors import run_program
 from training.images import decode_image, image_bytes, to_pixels
 from training.optimizers import make_optimizer, make_schedule
+from training.parameter_space import parameter_space_gradients
 
 METHODS = {  # the published settings
     "diffusion-dpo": LossConfig("diffusion-dpo", beta=5000.0, winner_preserving_mu=0.9),
@@ -285,29 +286,6 @@ def judge_policy(pipeline, prompts: list[str], images_stem: Path, settings: Sett
 
 # --- how good is lambda, and what does it cost -----------------------------------------------------------------------------
 
-def parameter_space_gradients(policy, inputs: NoisyBatch, ref_pred: Tensor, config: LossConfig) -> float:
-    """Set policy's gradients with a lambda from inner products of parameter gradients, and return that lambda.
-
-    G_w and G_l are the loss's gradients through the winners and through the losers: one backward pass with lambda 0
-    gives G_w, one with lambda 1 gives G_w + G_l. With lambda = clamp((1 - mu) <G_w, G_w> / -<G_w, G_l>, 0, 1), and 1
-    where the inner product does not oppose, G_w + lambda G_l lowers what G_w lowers, to first order, by mu |G_w|^2.
-    """
-    pred = predict(policy, inputs)
-    parameters = list(policy.parameters())
-    through_winners = torch.autograd.grad(preference_loss(pred, ref_pred, inputs.target, config, 0.0).loss, parameters,
-                                          retain_graph=True)
-    through_both = torch.autograd.grad(preference_loss(pred, ref_pred, inputs.target, config, 1.0).loss, parameters)
-    through_losers = [both - winners for both, winners in zip(through_both, through_winners)]
-    agreement = -sum((w * l).sum() for w, l in zip(through_winners, through_losers))
-    scale = torch.ones(())
-    if agreement > 0:
-        squared = sum(w.square().sum() for w in through_winners)
-        scale = ((1 - config.winner_preserving_mu) * squared / agreement).clamp(0, 1)
-    for parameter, w, l in zip(parameters, through_winners, through_losers):
-        parameter.grad = w + scale * l
-    return float(scale)
-
-
 LAMBDAS = ("none", "output, per batch", "output, per pair", "parameters")
 
 
@@ -325,11 +303,15 @@ def measure_lambda(kind: str, mu: float, optimizer_name: str, learning_rate: flo
         before = winner_error(policy, inputs)
         start = time.process_time()
         if kind == "parameters":
-            scales.append(parameter_space_gradients(policy, inputs, ref_pred, config))
+            parameters = list(policy.parameters())
+            gradients, result = parameter_space_gradients(predict(policy, inputs), ref_pred, inputs.target, config,
+                                                          parameters)
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
         else:
             result = loss_on(policy, inputs, ref_pred, config)
             result.loss.backward()
-            scales.append(float(result.winner_scale.mean()))
+        scales.append(float(result.winner_scale.mean()))
         torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -40,6 +40,8 @@ class TrainArguments:
     use_winner_preserving: bool = option(False, "the SDPO safeguard: scale the loser's gradient by lambda")
     winner_preserving_mu: float = option(0.0, "the safeguard's strength in [0, 1]; larger is more conservative")
     winner_preserving_granularity: Literal["batch", "sample"] = option("batch", "one lambda a micro-batch, or a pair")
+    winner_preserving_space: Literal["output", "parameter"] = option(
+        "output", "lambda from gradients of predictions (published), or of parameters (a second backward pass)")
 
     # Data
     dataset_name: str | None = option(None, "preference pairs: a hub id or a local folder or parquet file")
@@ -122,6 +124,10 @@ class TrainArguments:
     def data_source(self) -> str | None:
         """Where the pairs come from; a local folder given beside a preset's dataset name wins."""
         return self.train_data_dir or self.dataset_name
+
+    @property
+    def safeguards_parameters(self) -> bool:
+        return self.use_winner_preserving and self.needs_reference and self.winner_preserving_space == "parameter"
 
     @property
     def needs_reference(self) -> bool:
@@ -236,6 +242,13 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
                         "--train_data_dir or --dataset_name")
     if args.cached_dataset and args.random_crop:
         raise UserError("--cached_dataset holds centre crops: drop --random_crop, or train without a cache")
+    if args.safeguards_parameters:
+        if args.winner_preserving_granularity == "sample":
+            raise UserError("--winner_preserving_space parameter has one lambda a micro-batch: a pair's own would take a "
+                            "backward pass each; drop --winner_preserving_granularity sample")
+        if args.compile or args.train_method == "spo":
+            other = "--compile" if args.compile else "--train_method spo"
+            raise UserError(f"--winner_preserving_space parameter does not go with {other}: drop one")
     if any("\ud800" <= character <= "\udfff" for character in "".join(args.validation_prompts)):
         raise UserError("--validation_prompts holds bytes that are not UTF-8 text")
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -255,7 +268,7 @@ def _warn_of_ignored(args: TrainArguments, given: set[str]) -> None:
         for name in ("beta_dpo", "use_winner_preserving"):
             ignored(name, "sft trains on winners alone, without a reference")
     if not args.use_winner_preserving:
-        for name in ("winner_preserving_mu", "winner_preserving_granularity"):
+        for name in ("winner_preserving_mu", "winner_preserving_granularity", "winner_preserving_space"):
             ignored(name, "the safeguard is off (--use_winner_preserving turns it on)")
     if args.lora_rank or not args.needs_reference:
         ignored("offload_reference", "there is no reference model: LoRA's is the policy without its adapter"

@@ -27,6 +27,7 @@ from training.data import tokenize
 from training.draws import epoch_order, seeded_generator
 from training.errors import UserError
 from training.guidance import PromptConditioning, condition_on_prompts, decode_latents, guided_prediction
+from training.guards import is_finite
 from training.hub import push
 from training.launch import COMPUTE_DTYPES, gradient_norm, identify_run, take_step, tracker_config
 from training.logs import MetricsFile, StepScalars, peak_memory_gb
@@ -135,8 +136,11 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
             logs = learn_from(pairs[start:start + group_size], policy, unwrapped, models, conditioning, scheduler,
                               args, accelerator)
             logs["grad_norm"] = float(gradient_norm(accelerator, policy, args))
-            finite = is_finite(logs, accelerator)
+            finite = is_finite(accelerator, logs)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            if not finite and main_process:
+                warn(f"step {progress.step + 1} is skipped: loss {logs['train_loss']:g}, gradient norm "
+                     f"{logs['grad_norm']:g} ({skipped_in_a_row} in a row)")
             take_step(accelerator, optimizer, lr_scheduler, finite)
             if skipped_in_a_row >= args.max_nonfinite_steps:
                 raise UserError(f"neither loss nor gradient was finite in {skipped_in_a_row} steps in a row: lower "
@@ -327,12 +331,6 @@ def pair_loss(policy, unwrapped, models: Models, conditioning: PromptConditionin
     return loss, {"train_loss": loss.detach(), "implicit_acc_accumulated": ((margin.sign() + 1) / 2).mean(),
                   "margin_mean": margin.mean(), "margin_square": margin.square().mean(),
                   "ratio_w": ratios[0].mean(), "ratio_l": ratios[1].mean(), "clipped_share": clipped.float().mean()}
-
-
-def is_finite(logs: dict[str, float], accelerator: Accelerator) -> bool:
-    """Whether a step may be taken; fp16's scaler deals with an overflow by itself while it can still halve its scale."""
-    scaler_adapts = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1.0
-    return math.isfinite(logs["train_loss"]) and (math.isfinite(logs["grad_norm"]) or scaler_adapts)
 
 
 # --- what is told --------------------------------------------------------------------------------------------------

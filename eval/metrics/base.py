@@ -28,8 +28,9 @@ class Metric:
     """Scores how well images answer their prompts; higher is better.
 
     Set by load_metric: `name` (the registry's) and `version` (names weights and settings; cached scores are keyed by
-    it). A subclass writes `_score`; one that looks at the images themselves sets `image_size` to None and writes
-    `score`, which may be called from several threads at once.
+    it). A subclass writes `_score(pixels, prompts)`: scores (N,) of normalised pixels (N, 3, image_size, image_size) on
+    the metric's device. One that looks at the images themselves sets `image_size` to None and writes `score`, which may
+    be called from several threads at once.
     """
 
     name: str
@@ -60,10 +61,6 @@ class Metric:
         mean, std = (torch.tensor(value, device=self.device).view(3, 1, 1) for value in (self.mean, self.std))
         pixels = (pixels.to(self.device).float() / 255 - mean) / std
         return self._score(pixels, list(prompts)).float().cpu()
-
-    def _score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Scores (N,) of normalised pixels (N, 3, image_size, image_size) on the metric's device."""
-        raise NotImplementedError
 
     def _check_image_size(self, model_size: int) -> None:
         if model_size != self.image_size:
