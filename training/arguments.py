@@ -56,7 +56,8 @@ class TrainArguments:
     no_hflip: bool = option(False, "no horizontal flips")
     paired_hflip: bool = option(False, "flip winner and loser together instead of independently")
     proportion_empty_prompts: float = option(0.2, "share of prompts replaced by the empty one")
-    choice_model: Literal["aes", "clip", "hps", "pickscore"] | None = option(None, "relabel the pairs by this scorer")
+    choice_model: Literal["aes", "clip", "hps", "pickscore", "imagereward", "oracle"] | None = option(
+        None, "relabel the pairs by this scorer; oracle: of drawn shapes")
     metrics_config: str | None = option(None, "model ids and paths of --choice_model (default configs/metrics.yaml)")
     dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models")
     dataloader_num_workers: int = option(0, "processes that decode images, a device")

@@ -40,7 +40,7 @@ def test_the_gradient_takes_the_usual_way_through_accumulation():
     """Two micro-steps add up to the mean of their gradients; the loss scale of fp16 leaves no trace."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     config = LossConfig(beta=10.0, use_winner_preserving=True, winner_preserving_mu=0.5)
-    weight, predict, reference, target = linear_problem(0)
+    weight, predict, reference, target = linear_problem(1)
     expected, result = parameter_space_gradients(predict(), reference, target, config, [weight], loss_scale=1024.0)
     for _ in range(2):
         got = backward_in_parameter_space(accelerator, [weight], predict(), reference, target, config)

@@ -1,10 +1,12 @@
 """--choice_model: the real program relabels the pairs by a small scorer of the real classes."""
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 
 from eval.metrics import load_metric
-from training.arguments import parse_arguments
+from training.arguments import TrainArguments, parse_arguments
 from training.data import load_table
 from training.images import decode_image
 from training.relabel import labels_from_scores, score_rows
@@ -34,6 +36,12 @@ def test_train_relabels_once_and_reuses_it(tiny_sd15, pairs_dir, tmp_path, run, 
     row = table[0]
     one = scorer.score([decode_image(row["jpg_0"])], [row["caption"]])
     np.testing.assert_allclose(one.numpy(), expected[0, :1], rtol=1e-5)
+
+    for name in get_args(get_args(get_type_hints(TrainArguments)["choice_model"])[0]):  # every choice scores, in batches
+        scorer = load_metric(name, config=config)
+        expected = [[scorer.score([decode_image(row[column])], [row["caption"]]).item() for column in ("jpg_0", "jpg_1")]
+                    for row in table.select(range(2))]
+        np.testing.assert_allclose(score_rows(table, range(2), "caption", scorer), expected, rtol=1e-4, atol=1e-6)
 
     run([*command[:-1], tmp_path / "out", "--max_train_steps", 2])
     assert scores.stat().st_mtime_ns == written
