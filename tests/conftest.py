@@ -12,6 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests import forge
+
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 
@@ -57,3 +59,29 @@ def run_fixture():
 @pytest.fixture(scope="session")
 def python() -> str:
     return sys.executable
+
+
+@pytest.fixture(scope="session")
+def forge_server():
+    server = forge.Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def train(forge_server, tmp_path_factory):
+    """train(flags, processes=1, prelude="", **environment): run train.py, assert that it succeeds, return its output.
+
+    What `accelerate launch` does, without the seconds that its own start and each process's imports take (tests/forge.py).
+    """
+    log = tmp_path_factory.mktemp("train") / "log"
+
+    def train(flags: list, processes: int = 1, prelude: str = "", **environment: str) -> str:
+        log.unlink(missing_ok=True)
+        forge_server.start(forge.Launch([str(word) for word in flags], processes, str(log), prelude=prelude,
+                                        environment=environment))
+        codes, output = forge_server.wait(), log.read_text(errors="replace").replace("\r", "\n")
+        assert codes == [0] * processes, f"{codes}\n{output[-4000:]}"
+        return output
+
+    return train

@@ -38,7 +38,7 @@ def test_two_processes_stop_resume_and_end_as_the_unbroken_run(two_process_run, 
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_parameters_of_one_with_twice_the_batch(tiny_sd15, pairs_dir, tmp_path, run, python):
+def test_two_processes_give_the_parameters_of_one_with_twice_the_batch(tiny_sd15, pairs_dir, tmp_path, train):
     """Same pairs, noise and timesteps; a lambda for each pair; SGD, because Adam magnifies rounding near 0."""
     flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL, "--seed", 3,
              "--optimizer", "sgd", "--learning_rate", 1e-3, "--max_train_steps", 3, "--beta_dpo", 50,
@@ -47,8 +47,8 @@ def test_two_processes_give_the_parameters_of_one_with_twice_the_batch(tiny_sd15
     for granularity in ("sample", "batch"):
         for processes, batch in ((1, 4), (2, 2)):
             output = tmp_path / f"{granularity}-{processes}"
-            run([*launch(python, processes), *flags, "--train_batch_size", batch, "--output_dir", output,
-                 "--winner_preserving_granularity", granularity])
+            train([*flags, "--train_batch_size", batch, "--output_dir", output,
+                   "--winner_preserving_granularity", granularity], processes)
             runs[granularity, processes] = weights(output), scalars(output)["train_loss"], scalars(output)["avg_lose_l_scale"]
 
     one, two = runs["sample", 1], runs["sample", 2]
@@ -62,15 +62,15 @@ def test_two_processes_give_the_parameters_of_one_with_twice_the_batch(tiny_sd15
 
 
 @pytest.mark.slow
-def test_lora_trains_resumes_and_merges(tiny_sdxl, pairs_dir, tmp_path, run, python):
+def test_lora_trains_resumes_and_merges(tiny_sdxl, pairs_dir, tmp_path, train):
     flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--sdxl", "--train_data_dir", pairs_dir, *SMALL,
              "--lora_rank", 4, "--seed", 1, "--train_batch_size", 2, "--max_train_steps", 3, "--learning_rate", 1e-2,
              "--optimizer", "adamw", "--checkpointing_steps", 2, "--validation_prompts", "a red circle", "a <blue> square"]
     output = tmp_path / "out"
-    run([python, "train.py", *flags, "--output_dir", output])
+    train([*flags, "--output_dir", output])
     resumed = tmp_path / "resumed"
     continue_from(output, resumed, "checkpoint-3")
-    run([python, "train.py", *flags, "--output_dir", resumed])
+    train([*flags, "--output_dir", resumed])
     assert equal(weights(output), weights(resumed))
 
     base = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet")
@@ -94,17 +94,17 @@ def test_lora_trains_resumes_and_merges(tiny_sdxl, pairs_dir, tmp_path, run, pyt
 
 
 @pytest.mark.slow
-def test_sft_v_prediction_workers_and_a_config_file(pairs_dir, tmp_path, run, python):
+def test_sft_v_prediction_workers_and_a_config_file(pairs_dir, tmp_path, train):
     """Winners alone, no reference, a v-prediction model; the file's options, the command line winning."""
     from shapes.pipeline import build_pipeline
     base = build_pipeline(tmp_path / "v", "sd15", prediction_type="v_prediction")
     config = tmp_path / "sft.yaml"
     config.write_text(f"train_method: sft\ntrain_data_dir: {pairs_dir}\nmax_train_steps: 50\nlearning_rate: 1e-3\nseed: 1\n")
     output = tmp_path / "out"
-    result = run([python, "train.py", "--config", config, "--pretrained_model_name_or_path", base, *SMALL[:-2],
+    told = train(["--config", config, "--pretrained_model_name_or_path", base, *SMALL[:-2],
                   "--dataloader_num_workers", 2, "--max_train_steps", 30, "--train_batch_size", 8, "--random_crop",
                   "--noise_offset", 0.05, "--input_perturbation", 0.1, "--output_dir", output])
-    assert "reference  none" in result.stdout
+    assert "reference  none" in told
     loss = scalars(output)["train_loss"]
     assert max(loss) == 30
     assert sum(loss[step] for step in range(26, 31)) < sum(loss[step] for step in range(1, 6)), "it learns"

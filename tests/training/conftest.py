@@ -1,23 +1,12 @@
 """Two ways to train in a test: train_tiny runs the program in forked processes, train_run inside the test's own."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import forge  # noqa: E402
+from tests import forge
 
 SHORT = ["--max_train_steps=20", "--train_batch_size=2", "--learning_rate=1e-4", "--lr_warmup_steps=0", "--beta_dpo=100",
          "--seed=0", "--checkpointing_steps=0"]
-
-
-@pytest.fixture(scope="session")
-def forge_server():
-    server = forge.Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The policy sharded by FSDP2 over two processes: exact at step 0, whole on disk, resumed to the bit."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,24 +13,24 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_fsdp2_trains_saves_and_resumes(tiny_sd15, pairs_dir, tmp_path, run):
+def test_fsdp2_trains_saves_and_resumes(tiny_sd15, pairs_dir, tmp_path, train):
     settings = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
     environment = {name.upper().replace("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP"): str(value)
                    for name, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-               ROOT / "tests" / "training" / "fsdp_on_cpu.py", "--pretrained_model_name_or_path", tiny_sd15,
-               "--train_data_dir", pairs_dir, "--resolution", 64, "--mixed_precision", "bf16", "--max_train_steps", 2,
-               "--lr_warmup_steps", 0, "--learning_rate", 1e-4, "--train_batch_size", 1, "--seed", 1,
-               "--checkpointing_steps", 1]
-    run([*command, "--output_dir", tmp_path / "whole"], **environment)
+    environment |= {"ACCELERATE_USE_CPU": "false"}
+    flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, "--resolution", 64,
+             "--mixed_precision", "bf16", "--max_train_steps", 2, "--lr_warmup_steps", 0, "--learning_rate", 1e-4,
+             "--train_batch_size", 1, "--seed", 1, "--checkpointing_steps", 1]
+    prelude = "import tests.training.fsdp_on_cpu"
+    train([*flags, "--output_dir", tmp_path / "whole"], 2, prelude, **environment)
     first = read_metrics(tmp_path / "whole" / "metrics.jsonl")[0]
     assert first["margin_mean"] == first["margin_std"] == 0, "the reference is exact under bf16 and sharding"
     assert first["grad_norm"] > 0
 
     resumed = tmp_path / "resumed"
     continue_from(tmp_path / "whole", resumed, "checkpoint-2")
-    result = run([*command, "--output_dir", resumed], **environment)
-    assert "after step 1" in result.stdout
+    told = train([*flags, "--output_dir", resumed], 2, prelude, **environment)
+    assert "after step 1" in told
     states = [torch.load(folder / "unet.pth", weights_only=True) for folder in (tmp_path / "whole", resumed)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert {value.dtype for value in states[0].values()} == {torch.float32}

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from losses import LossConfig, preference_loss
-from tests.runs import SMALL, launch, scalars, weights
+from tests.runs import SMALL, scalars, weights
 from training.arguments import parse_arguments
 from training.errors import UserError
 from training.parameter_space import backward_in_parameter_space, parameter_space_gradients
@@ -56,14 +56,15 @@ def test_what_does_not_go_together_is_refused(other):
 
 
 @pytest.mark.slow
-def test_two_processes_with_a_lambda_of_zero_train_alike_in_both_spaces(tiny_sd15, pairs_dir, tmp_path, run, python):
+def test_two_processes_with_a_lambda_of_zero_train_alike_in_both_spaces(tiny_sd15, pairs_dir, tmp_path, train):
     """mu 1 silences the loser in either space, so that the gradients, all-reduced once a step, must agree."""
     runs = {}
     for space in ("output", "parameter"):
-        run([*launch(python, 2), "--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL,
-             "--seed", 3, "--optimizer", "sgd", "--learning_rate", 1e-3, "--max_train_steps", 2, "--beta_dpo", 50,
-             "--gradient_accumulation_steps", 2, "--checkpointing_steps", 0, "--use_winner_preserving",
-             "--winner_preserving_mu", 1, "--winner_preserving_space", space, "--output_dir", tmp_path / space])
+        train(["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL,
+               "--seed", 3, "--optimizer", "sgd", "--learning_rate", 1e-3, "--max_train_steps", 2, "--beta_dpo", 50,
+               "--gradient_accumulation_steps", 2, "--checkpointing_steps", 0, "--use_winner_preserving",
+               "--winner_preserving_mu", 1, "--winner_preserving_space", space, "--output_dir", tmp_path / space],
+              processes=2)
         runs[space] = weights(tmp_path / space), scalars(tmp_path / space)
         assert set(runs[space][1]["avg_lose_l_scale"].values()) == {0.0}
     apart = max((runs["output"][0][key] - runs["parameter"][0][key]).abs().max() for key in runs["output"][0])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from eval.metrics import load_metric
+from eval.metrics.tiny import write_tiny_metrics
 from training.arguments import TrainArguments, parse_arguments
 from training.data import load_table
 from training.images import decode_image
@@ -18,18 +19,17 @@ def test_the_better_score_wins_ties_are_undecided_and_unusable_rows_have_no_labe
 
 
 @pytest.mark.slow
-def test_train_relabels_once_and_reuses_it(tiny_sd15, pairs_dir, tmp_path, run, python):
-    run([python, "-m", "eval.metrics.tiny", "--output", tmp_path / "metrics"])
-    config = tmp_path / "metrics" / "metrics.yaml"
-    command = [python, "train.py", "--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir,
+def test_train_relabels_once_and_reuses_it(tiny_sd15, pairs_dir, tmp_path, train):
+    config = write_tiny_metrics(tmp_path / "metrics")
+    flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir,
                "--resolution", 64, "--mixed_precision", "no", "--max_train_steps", 1, "--lr_warmup_steps", 0, "--seed", 0,
                "--choice_model", "pickscore", "--metrics_config", config, "--output_dir", tmp_path / "out"]
-    result = run(command)
-    assert "64 pairs" in result.stdout and "labels by pickscore" in result.stdout
+    told = train(flags)
+    assert "64 pairs" in told and "labels by pickscore" in told
     [scores] = (tmp_path / "out" / "ai_feedback").glob("*/rows-*.npy")
     written = scores.stat().st_mtime_ns
 
-    args = parse_arguments([str(word) for word in command[2:]])
+    args = parse_arguments([str(word) for word in flags])
     table, scorer = load_table(args), load_metric("pickscore", config=config)
     expected = score_rows(table, range(4), "caption", scorer)
     np.testing.assert_allclose(np.load(scores)[:4], expected, rtol=1e-5)
@@ -43,5 +43,5 @@ def test_train_relabels_once_and_reuses_it(tiny_sd15, pairs_dir, tmp_path, run, 
                     for row in table.select(range(2))]
         np.testing.assert_allclose(score_rows(table, range(2), "caption", scorer), expected, rtol=1e-4, atol=1e-6)
 
-    run([*command[:-1], tmp_path / "out", "--max_train_steps", 2])
+    train([*flags, "--max_train_steps", 2])
     assert scores.stat().st_mtime_ns == written

@@ -17,7 +17,8 @@ from training.errors import UserError
 from training.launch import start_accelerator
 from training.resampler import Pairs
 from training.signals import StopSignal
-from training.spo import Progress, deal_out, train
+from training.spo import Progress, deal_out
+from training.spo import train as train_spo
 from training.spo_arguments import SPOArguments, load_prompts
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "star")]
@@ -55,7 +56,7 @@ def train_here(words):
     """The program's work in this process, with SD1.5's preset."""
     args, spo = parse_arguments(["--config", "configs/train/sd15_spo.yaml", *map(str, words)], SPOArguments)
     with StopSignal() as stop:
-        train(args, spo, start_accelerator(args), stop)
+        train_spo(args, spo, start_accelerator(args), stop)
 
 
 def scalars(output):
@@ -112,15 +113,14 @@ def test_whole_unet_trains_against_a_frozen_copy(judge, tiny_sd15, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_the_same_from_the_same_pairs(judge, tiny_sd15, tmp_path, run):
+def test_two_processes_learn_the_same_from_the_same_pairs(judge, tiny_sd15, tmp_path, train):
     """A round is one optimizer step here. The third has a single prompt: one of two processes samples none, and gets
     its share of the other's pairs."""
     one, two = tmp_path / "one", tmp_path / "two"
     common = dict(optimizer="sgd", learning_rate=10, max_train_steps=3, spo_num_steps=8, spo_threshold=0)
     train_here(flags(judge, tiny_sd15, one, spo_sample_batch_size=4, train_batch_size=16, **common))
-    run(["bash", "scripts/train/sd15_spo.sh",
-         *flags(judge, tiny_sd15, two, spo_sample_batch_size=2, train_batch_size=8, **common)],
-        NUM_PROCESSES="2", MAIN_PORT="29611")
+    train(["--config", "configs/train/sd15_spo.yaml",
+           *flags(judge, tiny_sd15, two, spo_sample_batch_size=2, train_batch_size=8, **common)], processes=2)
     assert scalars(one)["spo/pairs"] == scalars(two)["spo/pairs"] == [16, 16, 4]
     for name in ("train_loss", "grad_norm", "spo/score_mean", "spo/score_spread", "ratio_w", "ratio_l"):
         assert scalars(one)[name] == pytest.approx(scalars(two)[name], rel=1e-3), name
