@@ -13,6 +13,11 @@ need_packages() { # stop with one line where the requirements are not installed
          "bash scripts/quickstart.sh" >&2; exit 1; }
 }
 
+count_gpus() { # torch is asked, which takes seconds, only where there is a device of NVIDIA's or AMD's
+  if compgen -G "/dev/nvidia[0-9]*" >/dev/null || [ -e /dev/kfd ] || [ -e /dev/dxg ]
+  then "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'; else echo 0; fi
+}
+
 say() { printf '\n== %s\n' "$*"; }
 
 run() { # print a command as it could be typed, then run it

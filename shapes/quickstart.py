@@ -8,11 +8,14 @@ import json
 from argparse import ArgumentParser
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
+from eval.metrics.tiny import write_tiny_metrics
 from shapes.oracle import judge
 from shapes.pipeline import base_pipeline, draw_images
 from shapes.preferences import write_preferences
@@ -27,8 +30,10 @@ SCALE = 4
 
 
 def prepare(output: Path, num_pairs: int) -> None:
-    """The base pipeline and the preference pairs, as folders that train.py takes."""
+    """The base pipeline and the preference pairs, as folders that train.py takes, and small untrained metric models."""
     base = base_pipeline(output / "base")
+    if not (output / "metrics" / "metrics.yaml").is_file():
+        write_tiny_metrics(output / "metrics")
     if not (output / "pairs" / "done").is_file():
         write_preferences(output / "pairs", num_pairs)
         (output / "pairs" / "done").touch()
@@ -85,6 +90,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--num_pairs", type=int, default=160)
     args = parser.parse_args()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     if args.step == "prepare":
         prepare(args.output, args.num_pairs)
     else:

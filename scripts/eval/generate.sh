@@ -22,7 +22,7 @@ for group in "${groups[@]}"; do
   esac
 done
 
-gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+gpus="$(count_gpus)"
 processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
 say "generating on $gpus GPU(s), $processes process(es)"
 if [ "$processes" -gt 1 ]; then

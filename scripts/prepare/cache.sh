@@ -9,7 +9,7 @@ need_packages
 [ $# -ge 2 ] || { echo "usage: bash scripts/prepare/cache.sh PRESET DIR [train.py flags], PRESET one of" \
                        "$(basename -s .yaml "$ROOT"/configs/train/sd*po.yaml | grep -v _spo | xargs)" >&2; exit 2; }
 preset="$1" folder="$2"; shift 2
-gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+gpus="$(count_gpus)"
 processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
 if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi
 

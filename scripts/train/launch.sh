@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 need_packages
 preset="$1"; shift
-gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+gpus="$(count_gpus)"
 processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
 if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi
 launch=(--config_file "${ACCELERATE_CONFIG:-$ROOT/configs/accelerate/$config.yaml}" --num_processes "$processes")
