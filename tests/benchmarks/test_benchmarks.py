@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from benchmarks import train_step
 from benchmarks.communication import Arguments as CommunicationArguments
 from benchmarks.communication import model_times
 from benchmarks.memory import LiveBytes, Setting, count_step
 from benchmarks.models import TEXT_ENCODERS, VAES, make_unet
 from benchmarks.train_step import unet_forward_flops
+from training.errors import UserError
 
 
 @pytest.mark.parametrize("name, parameters", [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
@@ -41,9 +43,10 @@ def test_train_step_prints_its_table_and_the_ratio(run, python, tmp_path):
     assert figures["cached"]["pairs_per_second"] > figures["baseline"]["pairs_per_second"]
 
 
-def test_a_wrong_choice_is_told_in_one_line(run, python):
-    result = run([python, "-m", "benchmarks.train_step", "--model", "sd3"], expect=1)
-    assert result.stderr.splitlines()[-1] == "error: --model must be one of tiny, sd15, sdxl, not sd3"
+def test_a_wrong_choice_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_step", "--model", "sd3"])
+    with pytest.raises(UserError, match="^--model must be one of tiny, sd15, sdxl, not sd3$"):
+        train_step.main()
 
 
 def test_live_bytes_counts_storages_while_they_live():
@@ -63,7 +66,7 @@ def test_checkpointing_lora_and_offloading_take_less_memory():
     assert twice["activations"] == pytest.approx(2 * plain["activations"], rel=0.3)
     less = [Setting("tiny", "adamw", checkpointing=True), Setting("tiny", "adamw8bit"), Setting("tiny", "adamw", lora=True),
             Setting("tiny", "adamw", offload=True)]
-    assert all(count_step(setting, 2)["total"] < twice["total"] for setting in less)
+    assert all(count_step(setting, 1)["total"] < plain["total"] for setting in less)
 
 
 def test_flops_of_the_unets_are_of_the_known_order():
