@@ -31,7 +31,7 @@ from training.launch import (COMPUTE_DTYPES, gradient_norm, identify_run, start_
 from training.logs import MetricsFile, StepScalars, Throughput, peak_memory_gb
 from training.models import (load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler)
 from training.optimizers import effective_learning_rate, make_optimizer, make_schedule, optimizer_name
-from training.parameter_space import backward_in_parameter_space
+from training.parameter_space import backward_in_parameter_space, check_whole_gradients
 from training.relabel import ai_feedback_labels
 from training.signals import StopSignal
 from training.spo_arguments import SPOArguments
@@ -67,6 +67,8 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
     device, main_process = accelerator.device, accelerator.is_main_process
     compute_dtype = COMPUTE_DTYPES[args.mixed_precision]
     identify_run(args, accelerator)
+    if args.safeguards_parameters:
+        check_whole_gradients(accelerator)
 
     # 2. Preference pairs, before any large model is read.
     models = load_tokenizers_and_scheduler(args)

@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 from eval.files import fingerprint, write_json
 from eval.sampling import Sampler, SamplingSettings, base_unet_config, is_sdxl, load_pipeline
 from prompts import group_path, read_group
+from training.compile import check_compiler, compile_blocks
 from training.errors import UserError, run_program
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
@@ -60,9 +61,13 @@ class Arguments:
     scheduler: str = field(default="euler", metadata={"choices": ["euler", "default"], "help":
         "euler as published; default: the pipeline's own."})
     mixed_precision: str | None = field(default=None, metadata={"choices": list(DTYPES), "help":
-        "Type of UNet and text encoders; default bf16 on a GPU, no (float32) on the CPU. The VAE is float32."})
+        "Type of UNet and text encoders; default bf16 on a GPU, no (float32) on the CPU."})
     latents_dtype: str = field(default="float32", metadata={"choices": ["float32", "unet"], "help":
         "Type of the latents through all steps; unet: the UNet's, as the official program."})
+    vae_dtype: str = field(default="float32", metadata={"choices": ["float32", "unet"], "help":
+        "Type of the VAE; float32 as published, unet: the UNet's, faster and less faithful."})
+    vae_tiling: bool = field(default=False, metadata={"help": "Decode in tiles, for small GPUs; seams differ slightly."})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the UNet: minutes at the start, then faster."})
     batch_size: int | None = field(default=None, metadata={"help": "Images sampled together; default 8, SDXL 4."})
     overwrite: bool = field(default=False, metadata={"help": "Throw away what the folder holds and start anew."})
     no_zip: bool = field(default=False, metadata={"help": "Leave no STEM.zip."})
@@ -148,7 +153,8 @@ def settings_record(args: Arguments, settings: SamplingSettings, device: torch.d
         "seed": args.seed, "num_images_per_prompt": args.num_images_per_prompt, "negative_prompt": "",
         **asdict(settings), "latents_dtype": str(settings.latents_dtype).removeprefix("torch."),
         "guidance_scale_diffusers": settings.guidance_scale, "noise_dtype": dtype, "noise_device": device.type,
-        "unet_dtype": dtype, "text_encoder_dtype": dtype, "vae_dtype": "float32",
+        "unet_dtype": dtype, "text_encoder_dtype": dtype, "vae_dtype": "float32" if args.vae_dtype == "float32" else dtype, "vae_tiling": args.vae_tiling,
+        "compiled": args.compile,
     }
 
 
@@ -326,9 +332,17 @@ def main(argv: list[str] | None = None) -> None:
     state.wait_for_everyone()  # nobody writes before everybody has looked
     sampler = None
     if any(group.missing for group in ours):
-        sampler = Sampler(load_pipeline(args.pretrained_model_name_or_path, args.unet_path,
-                                        args.pretrained_vae_model_name_or_path, unet_dtype, state.device,
-                                        args.scheduler), settings)
+        if args.compile:
+            check_compiler(state.device)
+        pipeline = load_pipeline(args.pretrained_model_name_or_path, args.unet_path,
+                                 args.pretrained_vae_model_name_or_path, unet_dtype, state.device, args.scheduler)
+        if args.vae_dtype == "unet":
+            pipeline.vae.to(unet_dtype)
+        if args.vae_tiling:
+            pipeline.vae.enable_tiling()
+        if args.compile:
+            compile_blocks(pipeline.unet)
+        sampler = Sampler(pipeline, settings)
     for group in ours:
         if group.missing:
             generate_group(group, sampler, args, state)

@@ -125,7 +125,7 @@ class Sampler:
         return [self._decode(latent) for latent in latents.split(1)]
 
     def _decode(self, latent: torch.Tensor) -> Image.Image:
-        """One image at a time: the float32 VAE's memory stays that of one, and no image depends on its batch."""
+        """One image at a time: the VAE's memory stays that of one, and no image depends on its batch."""
         vae = self.pipeline.vae
-        pixels = vae.decode(latent.float() / vae.config.scaling_factor, return_dict=False)[0]
+        pixels = vae.decode(latent.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")[0]

@@ -1,5 +1,6 @@
 """Small models and pairs that the tests share, built once a session."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -68,20 +69,28 @@ def forge_server():
     server.close()
 
 
-@pytest.fixture
-def train(forge_server, tmp_path_factory):
-    """train(flags, processes=1, prelude="", **environment): run train.py, assert that it succeeds, return its output.
+@pytest.fixture(scope="session")
+def program(forge_server, tmp_path_factory):
+    """program(module, flags, processes=1, expect=0, prelude="", **environment): run a program, assert the exit code of
+    all its processes and return what they printed.
 
     What `accelerate launch` does, without the seconds that its own start and each process's imports take (tests/forge.py).
     """
-    log = tmp_path_factory.mktemp("train") / "log"
+    log = tmp_path_factory.mktemp("program") / "log"
 
-    def train(flags: list, processes: int = 1, prelude: str = "", **environment: str) -> str:
+    def program(module: str, flags: list, processes: int = 1, expect: int = 0, prelude: str = "",
+                **environment: str) -> str:
         log.unlink(missing_ok=True)
-        forge_server.start(forge.Launch([str(word) for word in flags], processes, str(log), prelude=prelude,
+        forge_server.start(forge.Launch([str(word) for word in flags], module, processes, str(log), prelude=prelude,
                                         environment=environment))
         codes, output = forge_server.wait(), log.read_text(errors="replace").replace("\r", "\n")
-        assert codes == [0] * processes, f"{codes}\n{output[-4000:]}"
+        assert codes == [expect] * processes, f"{codes}\n{output[-4000:]}"
         return output
 
-    return train
+    return program
+
+
+@pytest.fixture(scope="session")
+def train(program):
+    """train(flags, processes=1, ...): program() with train.py."""
+    return functools.partial(program, "train")

@@ -1,9 +1,10 @@
-"""Launches of train.py that cost a second instead of ten: processes forked from one that has done the imports.
+"""Launches of train.py and the other programs that cost a second instead of ten: processes forked from one that has done the imports.
 
-Each rank is a process of its own session with the environment that torchrun gives it, and runs train.py's own main().
+Each rank is a process of its own session with the environment that torchrun gives it, and runs the program's own main().
 As a program this is a server for tests: a JSON object a line on stdin, its process ids and then its exit codes on stdout.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -22,10 +23,11 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 
 @dataclass
 class Launch:
-    """argv: train.py's flags. log: where its output goes; losses: where every step's scalars are kept, if anywhere.
+    """argv: the program's flags; program: its module, run by its main(). log: where its output goes; losses: where every step's scalars are kept, if anywhere.
     prelude: code that is run before main(), to break something. environment: added to it."""
 
     argv: list[str]
+    program: str = "train"
     processes: int = 1
     log: str = os.devnull
     losses: str | None = None
@@ -68,7 +70,6 @@ def _become_rank(launch: Launch, rank: int, port: int) -> None:
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         from accelerate import Accelerator
 
-        import train
         from training.errors import run_program
 
         def keep(accelerator, values, step=None, **_):
@@ -79,8 +80,8 @@ def _become_rank(launch: Launch, rank: int, port: int) -> None:
         if launch.losses:
             Accelerator.log = keep
         exec(launch.prelude, {"__name__": "prelude"})
-        sys.argv = ["train.py", *launch.argv]
-        run_program(train.main)
+        sys.argv = [launch.program, *launch.argv]
+        run_program(importlib.import_module(launch.program).main)
     except SystemExit as error:
         code = error.code or 0
     except BaseException:
@@ -162,7 +163,7 @@ class TinyTraining:
         for path in (self.log, self.losses_file):
             path.unlink(missing_ok=True)
         environment = {"HF_DATASETS_CACHE": os.environ["HF_DATASETS_CACHE"]} | environment
-        return self.server.start(Launch(argv, processes, str(self.log), str(self.losses_file), prelude, environment))
+        return self.server.start(Launch(argv, "train", processes, str(self.log), str(self.losses_file), prelude, environment))
 
     def wait(self, expect: int = 0) -> str:
         """Wait for the launch's end, assert its exit code and return what it printed."""

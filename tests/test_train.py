@@ -1,4 +1,4 @@
-"""The real program, launched as users launch it, on tiny pipelines and JPEG pairs."""
+"""The real program on tiny pipelines and JPEG pairs; where a run is resumed, launched as users launch it."""
 
 import json
 import re
@@ -12,15 +12,15 @@ from tests.runs import SMALL, continue_from, equal, launch, scalars, weights
 
 
 @pytest.fixture(scope="module")
-def two_process_run(tiny_sd15, pairs_dir, tmp_path_factory, run, python):
+def two_process_run(tiny_sd15, pairs_dir, tmp_path_factory, train):
     """An unbroken run of 4 steps on 2 processes, with checkpoints."""
     output = tmp_path_factory.mktemp("two") / "out"
     flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL, "--seed", 5,
              "--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--max_train_steps", 4,
              "--learning_rate", 1e-4, "--checkpointing_steps", 1, "--checkpoints_total_limit", 3,
              "--use_winner_preserving", "--winner_preserving_mu", 0.5, "--max_train_samples", 7]
-    result = run([*launch(python, 2), *flags, "--output_dir", output])
-    assert "2 device(s)" in result.stdout and result.stdout.count("Training\n") == 1
+    told = train([*flags, "--output_dir", output], processes=2)
+    assert "2 device(s)" in told and told.count("Training\n") == 1
     return output, flags
 
 
@@ -112,7 +112,7 @@ def test_sft_v_prediction_workers_and_a_config_file(pairs_dir, tmp_path, train):
 
 
 @pytest.mark.slow
-def test_bad_input_is_one_line_and_loses_nothing(two_process_run, tiny_sd15, tiny_sdxl, pairs_dir, tmp_path, run, python):
+def test_bad_input_is_one_line_and_loses_nothing(two_process_run, tiny_sd15, tiny_sdxl, pairs_dir, tmp_path, train):
     output, flags = two_process_run
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file() and "logs" not in path.parts}
     base = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL]
@@ -133,22 +133,29 @@ def test_bad_input_is_one_line_and_loses_nothing(two_process_run, tiny_sd15, tin
         ([*base, "--output_dir", output], ["different run", "num_processes was 2, is 1"]),
         ([*base, "--output_dir", "/proc/no/such"], ["/proc/no/such"]),
     ]
-    driver = tmp_path / "driver.py"  # one process for all cases: what is tested is the program's own main()
-    driver.write_text("import io, json, sys, contextlib\nfrom train import main\nfrom training.errors import run_program\n"
-                      "from accelerate.state import AcceleratorState, PartialState\n"
-                      "for words in json.load(open(sys.argv[1])):\n"
-                      "    AcceleratorState._reset_state(True)\n"
-                      "    sys.argv = ['train.py', *words]\n    err = io.StringIO()\n    code = 0\n"
-                      "    with contextlib.redirect_stderr(err):\n        try: run_program(main)\n"
-                      "        except SystemExit as end: code = end.code\n"
-                      "    print('CASE ' + json.dumps([code, err.getvalue()]), flush=True)\n")
+    driver = """  # one process for all cases: what is tested is the program's own main()
+import contextlib, io, json, os, sys
+from accelerate.state import AcceleratorState
+from train import main
+from training.errors import run_program
+for words in json.load(open(os.environ["CASES"])):
+    AcceleratorState._reset_state(True)
+    sys.argv, errors, code = ["train.py", *words], io.StringIO(), 0
+    with contextlib.redirect_stderr(errors):
+        try:
+            run_program(main)
+        except SystemExit as end:
+            code = end.code
+    print("CASE " + json.dumps([code, errors.getvalue()]), flush=True)
+sys.exit(0)
+"""
     listing = tmp_path / "cases.json"
     listing.write_text(json.dumps([[str(word) for word in words + (["--output_dir", str(tmp_path / "o")]
                                                                    if "--output_dir" not in words else [])]
                                    for words, _ in cases]))
-    result = run([python, driver, listing])
-    ends = [json.loads(line[5:]) for line in result.stdout.splitlines() if line.startswith("CASE ")]
-    assert len(ends) == len(cases), result.stderr[-3000:]
+    told = train([], prelude=driver, CASES=str(listing))
+    ends = [json.loads(line[5:]) for line in told.splitlines() if line.startswith("CASE ")]
+    assert len(ends) == len(cases), told[-3000:]
     for (words, expected), (code, error) in zip(cases, ends):
         lines = [line for line in error.splitlines() if line.startswith("error: ")]
         assert code == 1 and len(lines) == 1 and "Traceback" not in error, (words, error)

@@ -75,7 +75,7 @@ class Torture:
         """Process ids of a launch; its output goes to OUTPUT.log, its losses to OUTPUT.losses."""
         argv = self.command(scenario, output)
         if not scenario.launcher:
-            return forge.start(forge.Launch(argv, scenario.processes, f"{output}.log", f"{output}.losses"))
+            return forge.start(forge.Launch(argv, "train", scenario.processes, f"{output}.log", f"{output}.losses"))
         forge.exit_codes.clear()
         several = ["--multi_gpu", "--num_machines", "1"] if scenario.processes > 1 else ["--cpu"]
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *several, "--num_processes",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin,
-                              InitProcessGroupKwargs, ProjectConfiguration, set_seed)
+from accelerate.utils import (DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, InitProcessGroupKwargs,
+                              ProjectConfiguration, set_seed)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -43,9 +43,6 @@ def start_accelerator(args: TrainArguments, process_timeout: float = 1800.0) -> 
     except (ValueError, ImportError) as error:
         raise UserError(f"accelerate cannot start with --mixed_precision {args.mixed_precision} --report_to "
                         f"{args.report_to}: {first_line(error)}") from None
-    if args.safeguards_parameters and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError("--winner_preserving_space parameter needs whole gradients on every device, and "
-                        f"{accelerator.distributed_type.value} shards them: train with DDP, or in the output space")
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("fp16 needs a GPU, and this runs on the CPU: use --mixed_precision bf16 or no")
     if args.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):

@@ -9,9 +9,11 @@ counts with its own weight.
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from losses import LossConfig, PreferenceLoss, parameter_space_scale, preference_loss
+from training.errors import UserError
 
 
 def parameter_space_gradients(model_pred: Tensor, ref_pred: Tensor, target: Tensor, config: LossConfig,
@@ -32,6 +34,13 @@ def parameter_space_gradients(model_pred: Tensor, ref_pred: Tensor, target: Tens
     scale = parameter_space_scale(through_winners, through_losers, config.winner_preserving_mu)
     combined = [winners + scale * losers for winners, losers in zip(through_winners, through_losers)]
     return combined, preference_loss(model_pred.detach(), ref_pred, target, config, scale)
+
+
+def check_whole_gradients(accelerator: Accelerator) -> None:
+    """Raises UserError where no device has all of a gradient."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError("--winner_preserving_space parameter needs whole gradients on every device, and "
+                        f"{accelerator.distributed_type.value} shards them: train with DDP, or in the output space")
 
 
 def backward_in_parameter_space(accelerator: Accelerator, parameters: list[Tensor], model_pred: Tensor,

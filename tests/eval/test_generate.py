@@ -76,6 +76,20 @@ def test_bfloat16_is_close_and_told(latents, tiny_sd15, sd15_run, prompt_file, t
     assert 0 < difference.mean() < 8
 
 
+def test_a_cheaper_vae_and_compilation_are_told(tiny_sd15, sd15_run, prompt_file, tmp_path, monkeypatch):
+    """The compiler itself is tested in tests/training/test_speed.py: for a CPU it would take minutes here."""
+    compiled = []
+    monkeypatch.setattr(generate, "check_compiler", lambda device: None)
+    monkeypatch.setattr(generate, "compile_blocks", compiled.append)
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 2, "--mixed_precision", "bf16"))
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 2, "--mixed_precision", "bf16", "--vae_dtype", "unet",
+                            "--vae_tiling", "--compile", "--output_dir", tmp_path / "cheap"))
+    metadata = json.loads((tmp_path / "cheap" / f"{STEM}.json").read_text())[0]["metadata"]
+    assert (metadata["vae_dtype"], metadata["vae_tiling"], metadata["compiled"]) == ("bfloat16", True, True)
+    assert len(compiled) == 1
+    assert 0 < np.abs(pixels(sd15_run.parent / STEM) - pixels(tmp_path / "cheap" / STEM)).mean() < 8
+
+
 def test_manifest_names_files_and_settings(tiny_sd15, sd15_run, prompt_file):
     listed = sd15_run.parent / "listed"
     generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--manifest_list", listed))
@@ -212,11 +226,10 @@ def test_a_full_disk_leaves_finished_images(tiny_sd15, sd15_run, prompt_file, mo
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_images_of_one(tiny_sd15, sd15_run, prompt_file, tmp_path, run, python):
-    launched = run([python, "-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate/one_node.yaml",
-                    "--num_processes", 2, "--main_process_port", 0, "-m", "eval.generate",
-                    *arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", 3, "--output_dir", tmp_path / "two")])
-    assert "process 1 of 2" in launched.stderr and launched.stdout.count("wrote") == 1
+def test_two_processes_give_the_images_of_one(tiny_sd15, sd15_run, prompt_file, tmp_path, program):
+    told = program("eval.generate", arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", 3,
+                                              "--output_dir", tmp_path / "two"), processes=2)
+    assert "process 1 of 2" in told and told.count("wrote") == 1
     generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--batch_size", 3, "--output_dir", tmp_path / "one"))
     for path in (tmp_path / "one" / STEM).glob("*.png"):
         assert path.read_bytes() == (tmp_path / "two" / STEM / path.name).read_bytes()

@@ -145,9 +145,8 @@ def test_a_damaged_shard_is_told_by_name(tiny_sd15, pairs_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(run, python, tiny_sd15, pairs_dir, sd15_cache, tmp_path):
+def test_two_processes_share_the_work(program, tiny_sd15, pairs_dir, sd15_cache, tmp_path):
     argv = [*common(tiny_sd15, pairs_dir), "--cached_dataset", tmp_path / "cache", "--pairs_per_shard", 24]
-    run([python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
-         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0, "-m", "training.cache", *argv])
+    program("training.cache", argv, processes=2)
     for path in sorted(sd15_cache.glob("*.safetensors")):
         assert (tmp_path / "cache" / path.name).read_bytes() == path.read_bytes()

@@ -182,11 +182,10 @@ def test_a_micro_step_never_waits_for_the_gpu(kind, more, request, pairs_dir):
 # --- collectives ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_an_optimizer_step_of_two_processes_communicates_gradients_and_one_vector(run, python,
-                                                                                              tmp_path):
+def test_an_optimizer_step_of_two_processes_communicates_gradients_and_one_vector(program, tmp_path):
     """The gradients' all-reduce, in DDP's buckets (two here), and one more for all scalars; nothing while accumulating."""
     from benchmarks.communication import COUNTED
-    run([python, "-m", "benchmarks.communication", "--accumulation", 3, "--json", tmp_path / "counted.json"])
+    program("benchmarks.communication", ["--accumulation", 3, "--json", tmp_path / "counted.json"])
     counted = json.loads((tmp_path / "counted.json").read_text())
     ours, official = counted["uncached"], counted["baseline"]
     assert ours["calls"] == {"all_reduce": 2 + 1}
