@@ -341,7 +341,7 @@ def main() -> None:
     folder = Path(args.folder or temporary.name)
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    torture = Torture(folder, args.seed, steps=9 if args.short else 24)
+    torture = Torture(folder, args.seed, steps=7 if args.short else 24)
     print(f"Torture, seed {args.seed}", flush=True)
 
     chosen = [SCENARIOS[1], SCENARIOS[2]] if args.short else SCENARIOS

@@ -43,15 +43,11 @@ def one_block_sd15(tiny_sd15, tmp_path_factory):
 
 # --- equality over 20 steps ----------------------------------------------------------------------------------------
 
-def test_offloaded_reference_and_checkpointing_change_no_bit(train_run, tiny_sd15, pairs_dir):
+def test_savings_of_memory_change_no_bit_and_channels_last_agrees(train_run, tiny_sd15, pairs_dir):
     plain = train_run(arguments(tiny_sd15, pairs_dir))
     assert len(plain) == 20 and plain[-1]["train_loss"] != plain[0]["train_loss"]
     offloaded = train_run(arguments(tiny_sd15, pairs_dir, "--offload_reference", "--gradient_checkpointing"))
     assert largest_difference(plain, offloaded) == 0.0
-
-
-def test_channels_last_agrees(train_run, tiny_sd15, pairs_dir):
-    plain = train_run(arguments(tiny_sd15, pairs_dir))
     assert largest_difference(plain, train_run(arguments(tiny_sd15, pairs_dir, "--channels_last"))) < 1e-4
 
 
