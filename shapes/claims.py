@@ -37,7 +37,7 @@ from shapes.base import sample_drawing
 from shapes.claims_report import write_report
 from shapes.drawing import caption
 from shapes.oracle import judge
-from shapes.pipeline import base_pipeline, draw_images
+from shapes.pipeline import NOISE_OFFSET, base_pipeline, draw_images
 from shapes.preferences import write_preferences
 from training.arguments import TrainArguments
 from training.data import choose_pairs, load_table
@@ -154,7 +154,7 @@ def make_inputs(split: dict[str, Tensor], rows: list[int], draws: list, timestep
     encoders."""
     mean, std = winners_first(split["mean"][rows]), winners_first(split["std"][rows])
     latents = sample_latents(mean, std, winners_first(torch.stack([draw.vae_noise for draw in draws])), scaling_factor)
-    noise = torch.stack([draw.noise for draw in draws]).repeat(2, 1, 1, 1)
+    noise = torch.stack([draw.noise + NOISE_OFFSET * draw.offset_noise for draw in draws]).repeat(2, 1, 1, 1)
     steps = torch.tensor(timesteps).repeat(2)
     text = torch.stack([world["empty"] if drop else split["text"][row] for row, drop in zip(rows, empty)])
     return NoisyBatch(scheduler.add_noise(latents, noise, steps), steps, noise,
@@ -229,7 +229,7 @@ def train_policy(run: Run, settings: Settings, split: str) -> dict:
     torch.manual_seed(run.seed)
     config, fixed = loss_settings(run.method, run.variant)
     policy = fresh_policy(settings.output)
-    args = TrainArguments(pretrained_model_name_or_path="", learning_rate=run.learning_rate,
+    args = TrainArguments(pretrained_model_name_or_path="", learning_rate=run.learning_rate, lr_scheduler="cosine",
                           lr_warmup_steps=settings.steps // 10)
     optimizer = make_optimizer(list(policy.parameters()), args, run.learning_rate)
     schedule = make_schedule(optimizer, args, settings.steps)

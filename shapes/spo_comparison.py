@@ -41,7 +41,7 @@ from shapes.base import sample_drawing
 from shapes.drawing import caption
 from shapes.oracle import judge
 from shapes.pairs import write_pairs
-from shapes.pipeline import GUIDANCE_SCALE, base_pipeline, clip_tokenizer, draw_images, text_config
+from shapes.pipeline import GUIDANCE_SCALE, NOISE_OFFSET, base_pipeline, clip_tokenizer, draw_images, text_config
 from shapes.preferences import write_preferences
 from training.arguments import TrainArguments
 from training.data import PairDataset, choose_pairs, load_table, make_loader
@@ -235,6 +235,7 @@ def train_run(run: Run, settings: Settings) -> dict:
 def make_arguments(run: Run, settings: Settings):
     args = TrainArguments(pretrained_model_name_or_path=base_folder(settings), resolution=32, mixed_precision="no",
                           train_data_dir=str(Path(settings.output, "pairs")), train_batch_size=8, seed=run.seed,
+                          noise_offset=NOISE_OFFSET,
                           max_train_steps=10**6, **(OFFLINE.get(run.method) or {"train_method": "spo"}))
     if run.method in ONLINE:
         clip = str(Path(settings.output, "clip"))
