@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 from benchmarks.models import make_unet
 from benchmarks.train_step import Arguments as StepArguments
 from benchmarks.train_step import make_pairs, prepare
-from training.arguments import parse_arguments
+from training.arguments import parse_arguments, parse_words
 from training.errors import run_program
 from training.launch import start_accelerator
 
@@ -127,7 +127,7 @@ def model_times(options: Arguments, parameters: int) -> list[str]:
 
 
 def main() -> None:
-    [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.communication").parse_args_into_dataclasses()
+    [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.communication"))
     counted = count_in_two_processes(options.accumulation)
     if options.json:
         Path(options.json).write_text(json.dumps(counted))

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from benchmarks.models import UNETS
 from benchmarks.train_step import make_pairs
 from shapes.pipeline import clip_tokenizer
-from training.arguments import parse_arguments
+from training.arguments import parse_arguments, parse_words
 from training.cache import save_rows, write_shard
 from training.cached_dataset import CachedDataset
 from training.data import PairDataset, choose_pairs, tokenize
@@ -108,7 +108,7 @@ def measure(side: int, model: str, options: Arguments) -> list[tuple[str, float]
 
 
 def main() -> None:
-    [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.data_path").parse_args_into_dataclasses()
+    [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.data_path"))
     torch.set_num_threads(1)
     datasets.disable_progress_bar()
     need = options.gpus * options.pairs_per_gpu

@@ -18,6 +18,7 @@ from benchmarks.models import RESOLUTIONS, TEXT_ENCODERS, UNETS, VAES, make_unet
 from benchmarks.timing import Parts
 from eval.sampling import Sampler, SamplingSettings
 from shapes.pipeline import clip_tokenizer
+from training.arguments import parse_words
 from training.compile import check_compiler, compile_blocks
 from training.errors import UserError, run_program
 
@@ -49,7 +50,7 @@ def make_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> Diffu
 
 
 def main() -> None:
-    [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.generation").parse_args_into_dataclasses()
+    [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.generation"))
     if options.model not in UNETS:
         raise UserError(f"--model must be one of {', '.join(UNETS)}, not {options.model}")
     cuda = torch.cuda.is_available()

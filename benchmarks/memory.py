@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import HfArgumentParser
 
 from benchmarks.models import RESOLUTIONS, UNETS, make_unet
+from training.arguments import parse_words
 from training.errors import UserError, run_program
 from training.models import LORA_TARGETS
 
@@ -164,7 +165,7 @@ def settings(model: str) -> list[Setting]:
 
 
 def main() -> None:
-    [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.memory").parse_args_into_dataclasses()
+    [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.memory"))
     if any(model not in UNETS for model in options.models):
         raise UserError(f"--models are {', '.join(UNETS)}")
     print(f"GiB a GPU, computed, bf16, with a cache; fits: pairs in a micro-step with {options.margin} GiB to spare\n")

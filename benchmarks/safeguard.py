@@ -16,6 +16,7 @@ from benchmarks.models import RESOLUTIONS
 from benchmarks.timing import Parts, matrix_rate
 from benchmarks.train_step import unet_forward_flops
 from losses import LossConfig, preference_loss
+from training.arguments import parse_words
 from training.errors import run_program
 
 
@@ -39,7 +40,7 @@ def loss_time(model: str, guarded: bool, options: Arguments, device: torch.devic
 
 
 def main() -> None:
-    [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.safeguard").parse_args_into_dataclasses()
+    [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.safeguard"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)

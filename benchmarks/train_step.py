@@ -38,7 +38,7 @@ from transformers.optimization import Adafactor
 from benchmarks.models import RESOLUTIONS, UNETS, frozen, make_encoders, make_unet
 from benchmarks.timing import Parts, matrix_rate
 from losses import preference_loss
-from training.arguments import TrainArguments, parse_arguments
+from training.arguments import TrainArguments, parse_arguments, parse_words
 from training.cache import CacheArguments, encode_table
 from training.cached_dataset import CachedDataset
 from training.compile import check_compiler
@@ -294,7 +294,7 @@ def report(results: list[Result], options: Arguments, args: TrainArguments, devi
 
 
 def main() -> None:
-    [options] = HfArgumentParser(Arguments, prog="python -m benchmarks.train_step").parse_args_into_dataclasses()
+    [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.train_step"))
     if options.model not in RESOLUTIONS:
         raise UserError(f"--model must be one of {', '.join(RESOLUTIONS)}, not {options.model}")
     cuda = torch.cuda.is_available()

@@ -21,6 +21,7 @@ from eval.metrics import metric_class
 from eval.report import write_report
 from eval.score import ScoredImage, ScoringOptions, report_failures, score_manifests, table
 from eval.statistics import RESAMPLES, holm, sign_test, win_rate_interval
+from training.arguments import parse_words
 from training.errors import UserError, run_program
 
 EXTREMES = 10  # biggest wins and losses told for each metric
@@ -136,7 +137,7 @@ def summary_lines(summary: dict) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)[0]
+    [args] = parse_words(HfArgumentParser(Arguments, description=__doc__), argv)
     for side in ("a", "b"):
         if not getattr(args, f"json_{side}"):
             raise UserError(f"--json_{side} names no manifest")

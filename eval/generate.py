@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 from eval.files import fingerprint, write_json
 from eval.sampling import Sampler, SamplingSettings, base_unet_config, is_sdxl, load_pipeline
 from prompts import group_path, read_group
+from training.arguments import parse_words
 from training.compile import check_compiler, compile_blocks
 from training.errors import UserError, run_program
 
@@ -304,7 +305,7 @@ def made_elsewhere(group: Group) -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)[0]
+    [args] = parse_words(HfArgumentParser(Arguments, description=__doc__), argv)
     several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     state = PartialState(cpu=several_on_cpu, timeout=timedelta(hours=1))  # cpu: else each process would be on its own
     torch.backends.cudnn.deterministic = True

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 
 from eval.files import write_bytes
 from eval.metrics import metric_class
+from training.arguments import parse_words
 from training.errors import UserError, run_program
 
 INLINE_PAIRS = 150
@@ -112,7 +113,7 @@ def write_report(folder: str | Path, images: str = "auto") -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)[0]
+    [args] = parse_words(HfArgumentParser(Arguments, description=__doc__), argv)
     print(f"wrote {write_report(args.comparison, args.images)}")
 
 

@@ -28,6 +28,7 @@ from eval.manifest import image_path, read_manifest
 from eval.metrics import (PUBLISHED, canonical_name, load_metric, metric_class, metric_settings, metric_version,
                           read_config)
 from eval.metrics.base import Metric, to_pixels
+from training.arguments import parse_words
 from training.errors import UserError, first_line, run_program
 
 LISTED_FAULTS = 10
@@ -266,7 +267,7 @@ def report_failures(failures: dict[str, str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)[0]
+    [args] = parse_words(HfArgumentParser(Arguments, description=__doc__), argv)
     if not args.manifests:
         raise UserError("--manifests names no generation manifest")
     manifests, failures = score_manifests(args.manifests, args)

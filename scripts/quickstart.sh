@@ -48,7 +48,7 @@ run "$PYTHON" -m eval.generate --unet_path "$output/safeguarded/unet.pth" --outp
 join base
 
 say "5 of 5: scores by the oracle and by the five metrics on small untrained models, and the comparison"
-run bash scripts/eval/test_vs.sh --json_a "$output"/eval/safeguarded/shapes_*.json --json_b "$output"/eval/base/shapes_*.json \
+run bash scripts/eval/test_vs.sh --json_a "$output"/eval/safeguarded/shapes_*cfg.json --json_b "$output"/eval/base/shapes_*cfg.json \
   --label_a safeguarded --label_b base --outdir "$output/compare" --metrics_config "$output/metrics/metrics.yaml" \
   --metrics oracle pickscore hpsv2 aesthetics clip imagereward
 

@@ -39,7 +39,7 @@ from shapes.drawing import caption
 from shapes.oracle import judge
 from shapes.pipeline import NOISE_OFFSET, base_pipeline, draw_images
 from shapes.preferences import write_preferences
-from training.arguments import TrainArguments
+from training.arguments import TrainArguments, parse_words
 from training.data import choose_pairs, load_table
 from training.diffusion import NoisyBatch, predict, sample_latents, winners_first
 from training.draws import draw_pair, epoch_order
@@ -420,7 +420,7 @@ def experiment(settings: Settings, pool: ProcessPoolExecutor) -> tuple[dict, lis
 
 
 def main() -> None:
-    settings, = HfArgumentParser(Settings, prog="python -m shapes.claims").parse_args_into_dataclasses()
+    [settings] = parse_words(HfArgumentParser(Settings, prog="python -m shapes.claims"))
     start = time.time()
     if not Path(settings.output, "runs", "base.json").is_file():
         print("drawing the pairs, encoding them, judging the base", flush=True)

@@ -43,7 +43,7 @@ from shapes.oracle import judge
 from shapes.pairs import write_pairs
 from shapes.pipeline import GUIDANCE_SCALE, NOISE_OFFSET, base_pipeline, clip_tokenizer, draw_images, text_config
 from shapes.preferences import write_preferences
-from training.arguments import TrainArguments
+from training.arguments import TrainArguments, parse_words
 from training.data import PairDataset, choose_pairs, load_table, make_loader
 from training.diffusion import noisy_batch, predict, predict_reference
 from training.draws import epoch_order
@@ -397,7 +397,7 @@ def report(settings: Settings, chosen: dict[str, float], records: list[dict], mi
 
 
 def main() -> None:
-    settings, = HfArgumentParser(Settings, prog="python -m shapes.spo_comparison").parse_args_into_dataclasses()
+    [settings] = parse_words(HfArgumentParser(Settings, prog="python -m shapes.spo_comparison"))
     start = time.time()
     if not Path(settings.output, "prepared.json").is_file():
         prepare(settings)

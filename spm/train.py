@@ -29,7 +29,7 @@ from transformers import HfArgumentParser
 from losses.spo import clean_and_noise
 from spm.data import LabelledPairs
 from spm.model import EVALUATION_TIMESTEPS, StepAwarePreferenceModel, load_spm, load_spm_tokenizer
-from training.arguments import config_file, option, yaml_to_argv
+from training.arguments import config_files, option, parse_words, yaml_to_argv
 from training.checkpoints import (find_checkpoint, load_checkpoint, policy_state, register_hooks, save_checkpoint,
                                   save_weights, write_run_file, write_whole)
 from training.data import load_table, tokenize
@@ -108,10 +108,8 @@ def parse_spm_arguments(argv: list[str] | None = None) -> SPMArguments:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(SPMArguments, prog="spm.train", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="options in a file; the command line wins")
-    config = config_file(argv)
-    if config is not None:
-        argv = yaml_to_argv(config, [f.name for f in fields(SPMArguments)]) + argv
-    args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    known = [f.name for f in fields(SPMArguments)]
+    args = parse_words(parser, [word for config in config_files(argv) for word in yaml_to_argv(config, known)] + argv)[0]
     if args.resolution is None:
         args.resolution = 1024 if args.sdxl else 512
     if args.resolution < 8 or args.resolution % 8:

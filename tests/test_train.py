@@ -162,3 +162,11 @@ sys.exit(0)
         assert all(word in lines[0] for word in expected), lines[0]
     after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file() and "logs" not in path.parts}
     assert after == before
+
+
+@pytest.mark.slow
+def test_a_lora_run_in_bf16_leaves_a_float32_model(tiny_sd15, pairs_dir, tmp_path, train):
+    """What is merged into is the base on the disk, not the one in training, whose weights are rounded."""
+    train(["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL, "--mixed_precision", "bf16",
+           "--lora_rank", 2, "--learning_rate", 1e-30, "--max_train_steps", 1, "--seed", 0, "--output_dir", tmp_path])
+    assert equal(weights(tmp_path), load_file(tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors"))

@@ -157,6 +157,17 @@ def yaml_to_argv(path: str, known: list[str]) -> list[str]:
     return argv
 
 
+def parse_words(parser: HfArgumentParser, argv: list[str] | None = None) -> list:
+    """The parser's dataclasses (and its namespace, where it has one) from the command line. Raises UserError for words
+    that are no option."""
+    *parsed, left = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if left:
+        name = left[0].split("=")[0]
+        near = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+        raise UserError(f"no option is called {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    return parsed
+
+
 def parse_arguments(argv: list[str] | None = None, *classes):
     """Command line and --config FILE.yaml (the command line wins) -> checked TrainArguments.
 
@@ -165,24 +176,19 @@ def parse_arguments(argv: list[str] | None = None, *classes):
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser((TrainArguments, *classes), prog="train.py", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="options in a file; the command line wins")
-    config = config_file(argv)
-    if config is not None:
-        known = [f.name for cls in (TrainArguments, *classes) for f in fields(cls)]
-        argv = yaml_to_argv(config, known) + argv
-    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    known = [f.name for cls in (TrainArguments, *classes) for f in fields(cls)]
+    argv = [word for config in config_files(argv) for word in yaml_to_argv(config, known)] + argv
+    parsed = parse_words(parser, argv)
     args = parsed[0]
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     check_arguments(args, given)
     return (args, *parsed[1:1 + len(classes)]) if classes else args
 
 
-def config_file(argv: list[str]) -> str | None:
-    for position, word in enumerate(argv):
-        if word.startswith("--config="):
-            return word.split("=", 1)[1]
-        if word == "--config" and position + 1 < len(argv):
-            return argv[position + 1]
-    return None
+def config_files(argv: list[str]) -> list[str]:
+    """Every --config FILE of the command line, in order: a later file wins over an earlier one."""
+    return [word.split("=", 1)[1] if "=" in word else argv[position + 1] for position, word in enumerate(argv)
+            if word.startswith("--config=") or word == "--config" and position + 1 < len(argv)]
 
 
 def warn(message: str) -> None:
@@ -212,8 +218,8 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("lora_rank", "max_train_steps", "lr_warmup_steps", "checkpointing_steps", "dataloader_num_workers",
                  "noise_offset", "input_perturbation", "adam_weight_decay", "num_train_epochs"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name} must be a number of at least 0, not {getattr(args, name)}")
     for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "watch_winner_rise", "watch_margin",
                  "process_timeout"):
         value = getattr(args, name)
@@ -225,6 +231,8 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
     if args.use_8bit_adam and (args.use_adafactor or args.optimizer not in ("auto", "adamw8bit")):
         other = "use_adafactor" if args.use_adafactor else f"optimizer {args.optimizer}"
         raise UserError(f"--use_8bit_adam and --{other} contradict each other: drop one")
+    if args.use_adafactor and args.optimizer not in ("auto", "adafactor"):
+        raise UserError(f"--use_adafactor and --optimizer {args.optimizer} contradict each other: drop one")
     for name in ("proportion_empty_prompts", "max_bad_fraction"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} must lie in [0, 1], not {getattr(args, name)}")
@@ -236,6 +244,10 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
         raise UserError(f"--checkpoints_total_limit must be at least 1, not {args.checkpoints_total_limit}")
     if args.max_train_steps == 0 and args.num_train_epochs == 0:
         raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
+    for name in ("pretrained_model_name_or_path", "unet_init", "pretrained_vae_model_name_or_path", "train_data_dir"):
+        source = getattr(args, name)
+        if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(args.output_dir):
+            raise UserError(f"--output_dir is --{name} itself, which the result would overwrite: name another folder")
     if args.train_method != "spo" and args.data_source is None and args.cached_dataset is None:
         raise UserError("name the preference pairs: --dataset_name (hub id, folder or parquet) or --train_data_dir")
     if args.cached_dataset and args.choice_model and args.data_source is None:
@@ -278,6 +290,16 @@ def _warn_of_ignored(args: TrainArguments, given: set[str]) -> None:
         ignored("paired_hflip", "flips are off (--no_hflip)")
     if args.train_method != "sft":
         ignored("image_column", "pairs have the columns jpg_0 and jpg_1")
+    if args.max_train_steps:
+        ignored("num_train_epochs", "--max_train_steps counts (0 makes the epochs count)")
+    adam = args.optimizer in ("auto", "adamw", "adamw8bit") and not args.use_adafactor and (
+        not args.sdxl or args.optimizer != "auto" or args.use_8bit_adam)
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon") if not adam else ():
+        ignored(name, "the optimizer is not AdamW")
+    if args.optimizer == "sgd":
+        ignored("adam_weight_decay", "SGD has none here")
+    if args.use_adafactor:
+        ignored("max_grad_norm", "--use_adafactor turns clipping off, as published")
     ignored("hard_skip_resume", "resuming never replays the data")
     if args.lr_warmup_steps > args.max_train_steps > 0:
         warn(f"--lr_warmup_steps {args.lr_warmup_steps} is more than --max_train_steps {args.max_train_steps}: "

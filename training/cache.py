@@ -35,7 +35,7 @@ from training.arguments import TrainArguments, parse_arguments
 from training.bad_data import BadPair, decode_images, read_row, usable_captions
 from training.cached_dataset import MANIFEST, PROMPTS, ROWS, SETTINGS, cache_settings, read_json
 from training.checkpoints import sync, write_whole
-from training.data import choose_pairs, column_values, load_table, tokenize
+from training.data import choose_pairs, column_values, content_digest, load_table, tokenize
 from training.diffusion import encode_moments, encode_prompts
 from training.errors import UserError, run_program
 from training.images import cut_square, scale_pixels
@@ -177,7 +177,8 @@ def encode_table(table: datasets.Dataset, columns: list[str], models: Models, ar
                  options: CacheArguments, accelerator: Accelerator) -> None:
     """Write the whole cache, or what is missing of it; every process must call this. Raises UserError."""
     folder = Path(args.cached_dataset)
-    settings = cache_settings(args, models) | {"rows": len(table), "pairs_per_shard": options.pairs_per_shard}
+    settings = cache_settings(args, models) | {"rows": len(table), "content": content_digest(table, args),
+                                               "pairs_per_shard": options.pairs_per_shard}
     if accelerator.is_main_process:
         claim_folder(folder, settings)
     accelerator.wait_for_everyone()

@@ -8,6 +8,7 @@
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from accelerate.utils import load as load_plain
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ from safetensors.torch import load_file
 
 from training.arguments import TrainArguments, warn
 from training.errors import UserError, first_line, printable
-from training.weights import LORA_FILE, load_strictly, read_state_dict
+from training.weights import LORA_FILE, load_strictly, load_unet, merge_lora, read_state_dict
 
 MANIFEST, PROGRESS, RUN_FILE = "manifest.json", "progress.json", "run.json"
 
@@ -183,6 +184,10 @@ def claim_output_dir(args, accelerator: Accelerator) -> None:
     """Make output_dir this run's, or refuse: it holds another run's checkpoints or result. Raises UserError."""
     output_dir = Path(args.output_dir)
     before = settings_of_run(output_dir)
+    named = Path(args.resume_from_checkpoint or "")
+    if args.seed is None and (named / PROGRESS).is_file():  # another run's checkpoint
+        before_it = read_progress(named)["settings"].get("seed")
+        args.seed = before_it if isinstance(before_it, int) else None
     if before is None:
         return
     if args.seed is None and isinstance(before.get("seed"), int):
@@ -349,18 +354,42 @@ def find_checkpoint(args, accelerator: Accelerator) -> Path | None:
     if accelerator.is_main_process:
         try:
             found = choose_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+            steps = getattr(args, "max_train_steps", 0)
+            if found and 0 < steps < read_progress(found)["step"]:
+                raise UserError(f"{found} is beyond --max_train_steps {steps}: raise it, or name an earlier checkpoint "
+                                "with --resume_from_checkpoint")
+            if starts_anew(args.resume_from_checkpoint):
+                set_aside_checkpoints(Path(args.output_dir))
         except UserError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"cannot move the earlier checkpoints of {args.output_dir} aside: {error.strerror}"
     found, problem = broadcast_object_list([found, problem])
     if problem:
         raise UserError(problem)
     return found
 
 
+def starts_anew(wanted: str | None) -> bool:
+    return (wanted or "").strip().lower() in ("", "none")
+
+
+def set_aside_checkpoints(output_dir: Path) -> None:
+    """Move the checkpoints of a run that is begun anew into output_dir/replaced-N, so that none is taken for its own."""
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        return
+    folder = next(folder for number in itertools.count(1) if not (folder := output_dir / f"replaced-{number}").exists())
+    folder.mkdir()
+    for path in checkpoints:
+        path.rename(folder / path.name)
+    print(f"Starting anew: {len(checkpoints)} earlier checkpoint(s) are now in {folder}", flush=True)
+
+
 def choose_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
-    wanted = (wanted or "none").strip()
-    if wanted.lower() == "none" or not wanted:
+    if starts_anew(wanted):
         return None
+    wanted = wanted.strip()
     if wanted != "latest":
         folder = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
         if not folder.is_dir():
@@ -415,8 +444,10 @@ def load_checkpoint(accelerator: Accelerator, lr_scheduler, folder: Path, args) 
     chosen = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     try:
         accelerator.load_state(folder)
+        accelerator.step = 0  # micro-steps: checkpoints are between optimizer steps, whatever is accumulated from here on
         if not changes:
-            lr_scheduler.load_state_dict(progress["lr_scheduler"])
+            own = lr_scheduler.state_dict()
+            lr_scheduler.load_state_dict({name: value for name, value in progress["lr_scheduler"].items() if name in own})
         else:
             lr_scheduler.last_epoch = progress["lr_scheduler"]["last_epoch"]
             for group, settings, lr in zip(lr_scheduler.optimizer.param_groups, chosen, lr_scheduler.get_lr()):
@@ -437,25 +468,23 @@ def save_result(accelerator: Accelerator, policy, args: TrainArguments) -> None:
     state = None if args.lora_rank else policy_state(accelerator, policy)
     with writing(accelerator, f"the result into {output_dir}", output_dir):
         if args.lora_rank and accelerator.is_main_process:
-            unet = accelerator.unwrap_model(policy)
-            StableDiffusionPipeline.save_lora_weights(output_dir, unet_lora_layers=lora_state(unet))
-            unet.float().fuse_lora()
-            unet.unload_lora()
-            state = {key: value.detach().cpu().contiguous() for key, value in unet.state_dict().items()}
+            layers = lora_state(accelerator.unwrap_model(policy))
+            StableDiffusionPipeline.save_lora_weights(output_dir, unet_lora_layers=layers)
         if accelerator.is_main_process:
-            save_weights(output_dir / "unet.pth", state)
-            save_pipeline(output_dir, state, args)
+            unet = load_unet(args.pretrained_model_name_or_path, args.unet_init, revision=args.revision,
+                             cache_dir=args.cache_dir)
+            if args.lora_rank:  # into the base as it is on disk: the one in training has weights in the compute dtype
+                merge_lora(unet, load_file(output_dir / LORA_FILE), output_dir / LORA_FILE)
+            else:
+                load_strictly(unet, state, "the trained policy")
+            save_weights(output_dir / "unet.pth", unet.state_dict())
+            save_pipeline(output_dir, unet, args)
 
 
-def save_pipeline(folder: Path, state: dict[str, torch.Tensor], args: TrainArguments) -> None:
+def save_pipeline(folder: Path, unet: UNet2DConditionModel, args: TrainArguments) -> None:
     """The base pipeline with this UNet, so that from_pretrained(output_dir) opens it."""
-    from training.weights import load_unet
-
-    unet = load_unet(args.pretrained_model_name_or_path, None, revision=args.revision, cache_dir=args.cache_dir)
-    load_strictly(unet, state, "the trained policy")
     parts = {"unet": unet}
     if args.pretrained_vae_model_name_or_path:
-        from diffusers import AutoencoderKL
         parts["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
     kind = StableDiffusionXLPipeline if args.sdxl else StableDiffusionPipeline
     pipeline = kind.from_pretrained(args.pretrained_model_name_or_path, revision=args.revision,

@@ -1,11 +1,14 @@
 """Preference pairs: loading, choosing and labelling them, and turning one into tensors."""
 
+import glob
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.compute
 import torch
 from torch.utils.data import DataLoader
 
@@ -27,6 +30,8 @@ def load_table(args: TrainArguments) -> datasets.Dataset:
     """The split named by the arguments, images still encoded. Raises UserError when it cannot be had."""
     source = args.data_source
     path = Path(source)
+    if path.exists() and glob.escape(source) != source:
+        raise UserError(f"the path {source} holds one of * ? [, which datasets reads as a pattern: rename it")
     try:
         if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             table = datasets.load_from_disk(source)
@@ -64,6 +69,23 @@ def column_values(table: datasets.Dataset, name: str) -> np.ndarray:
     return array
 
 
+def content_digest(table: datasets.Dataset, args: TrainArguments) -> str:
+    """Identity of the rows without reading an image: captions, labels, and the length of each encoded image."""
+    sha = hashlib.sha256()
+    for name in (args.caption_column, "label_0"):
+        for value in column_values(table, name) if name in table.column_names else ():
+            sha.update(repr(value).encode("utf-8", "surrogatepass"))
+    for name in ("jpg_0", "jpg_1", args.image_column):
+        columns = table.select_columns(name).with_format("arrow")[:][name].chunks if name in table.column_names else ()
+        for chunk in columns:
+            if pyarrow.types.is_struct(chunk.type) and chunk.type.get_field_index("bytes") >= 0:
+                chunk = chunk.field("bytes")
+            if pyarrow.types.is_binary(chunk.type) or pyarrow.types.is_large_binary(chunk.type):
+                chunk = pyarrow.compute.binary_length(chunk)
+            sha.update(repr(chunk.to_pylist()).encode("utf-8", "surrogatepass"))
+    return sha.hexdigest()
+
+
 @dataclass
 class PairTable:
     """rows: the table. index: (n,) the usable rows. first_wins: (n,) bool, image 0 is the winner. image_columns: two,
@@ -80,9 +102,11 @@ class PairTable:
         return len(self.index)
 
     def digest(self) -> str:
-        """Identity of the choice: which rows of how many, and who wins."""
-        content = len(self.rows).to_bytes(8, "big") + self.index.tobytes() + self.first_wins.tobytes()
-        return hashlib.sha256(content).hexdigest()[:16]
+        """Identity of the choice: which rows of how many, their captions, and who wins."""
+        sha = hashlib.sha256(len(self.rows).to_bytes(8, "big") + self.index.tobytes() + self.first_wins.tobytes())
+        for caption in column_values(self.rows, self.caption_column):
+            sha.update(repr(caption).encode("utf-8", "surrogatepass"))
+        return sha.hexdigest()[:16]
 
 
 def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
@@ -109,6 +133,11 @@ def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
     first_wins = np.ones(len(table), dtype=bool)
     if single is None:
         labels = column_values(table, "label_0") if labels is None else labels
+        if len(labels) != len(table):
+            raise UserError(f"{source} has {len(labels)} rows, the cache was made of {len(table)}: cache again, into an "
+                            "empty folder")
+        if any(isinstance(label, (list, dict, np.ndarray)) for label in labels):
+            raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, not a list")
         unlabelled = np.array([label is None or label != label for label in labels], dtype=bool)
         try:
             values = np.array([0.5 if bad else label for label, bad in zip(labels, unlabelled)], dtype=np.float64)

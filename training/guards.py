@@ -135,9 +135,13 @@ class Guards:
         self.accelerator, self.args, self.dataset, self.pairs_per_step = accelerator, args, dataset, pairs_per_step
         self.signal = stop
         self.watch = Watch(args.watch_winner_rise, args.watch_margin)
-        self.pairs_seen = int(record.get("pairs_seen", first_step * pairs_per_step))
-        self.bad_pairs = int(record.get("bad_pairs", 0))
-        self.skipped_steps = int(record.get("skipped_steps", 0))
+        counts = {"pairs_seen": first_step * pairs_per_step, "bad_pairs": 0, "skipped_steps": 0} | {
+            name: value for name, value in record.items() if name != "data"}
+        if any(not isinstance(value, int) or value < 0 for value in counts.values()):
+            raise UserError(f"the counts of the checkpoint's progress.json are damaged ({counts}): name an earlier one with "
+                            "--resume_from_checkpoint")
+        self.pairs_seen, self.bad_pairs, self.skipped_steps = (
+            counts[name] for name in ("pairs_seen", "bad_pairs", "skipped_steps"))
         self.skipped_in_a_row = 0
         self.replaced: list[dict] = []  # this step's, on this process
         self.places: list[list[tuple[int, int, int]]] = []  # of each micro-batch: position, index, passed over

@@ -64,9 +64,11 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
         return []
     for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            lines.append(value)
     return lines
 
 

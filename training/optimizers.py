@@ -60,6 +60,8 @@ def adamw_8bit() -> type[torch.optim.Optimizer]:
 def make_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, max_steps: int):
     """A schedule that steps once an optimizer step, whatever the number of processes. Raises UserError."""
     try:
+        if args.lr_scheduler == "piecewise_constant":
+            raise ValueError("its rules have no option here")
         return get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
                              num_training_steps=max_steps)
     except ValueError:

@@ -3,7 +3,7 @@
 The published lambda compares gradients with respect to the predictions, and its guarantee holds there: an update moves
 parameters, which winners and losers share, and what it does to a prediction is not what its gradient asked for. Here the
 inner products are those of the parameters' gradients, so that the first-order guarantee holds for the update itself. It
-costs a second backward pass and two more copies of the gradients. The compared gradients are the objective's, so each pair
+costs a second backward pass and three more copies of the gradients. The compared gradients are the objective's, so each pair
 counts with its own weight.
 """
 

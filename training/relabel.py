@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from training.arguments import TrainArguments
 from training.bad_data import BadPair, decode_images, read_caption, read_row
+from training.data import content_digest
 from training.errors import UserError
 
 ROWS_A_FILE = 1024
@@ -30,7 +31,7 @@ def ai_feedback_labels(table: datasets.Dataset, args: TrainArguments, accelerato
     if missing:
         raise UserError(f"{args.data_source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
     version = metric_version(args.choice_model, args.metrics_config)
-    key = hashlib.sha256(f"{version}|{args.data_source}|{args.split}|{len(table)}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{version}|{args.caption_column}|{content_digest(table, args)}".encode()).hexdigest()[:16]
     folder = Path(args.output_dir) / "ai_feedback" / f"{args.choice_model}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -126,6 +126,15 @@ def check_same_base(unet: UNet2DConditionModel, base: str | os.PathLike, source:
                             "Is it a checkpoint of the other base model (SD1.5 or SDXL)?")
 
 
+def read_unet_init(progress: Path) -> str | None:
+    """--unet_init of the run that wrote this progress.json."""
+    try:
+        init = json.loads(progress.read_text(encoding="utf-8"))["settings"].get("unet_init")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{progress} is damaged") from None
+    return init if isinstance(init, str) else None
+
+
 def load_unet(base: str | os.PathLike, unet_path: str | os.PathLike | None = None, *, revision: str | None = None,
               cache_dir: str | None = None) -> UNet2DConditionModel:
     """The UNet of the pipeline `base`, with the weights that `unet_path` names put in, in float32.
@@ -136,19 +145,23 @@ def load_unet(base: str | os.PathLike, unet_path: str | os.PathLike | None = Non
     """
     hub = {"revision": revision, "cache_dir": cache_dir}
     path = None if unet_path is None or str(unet_path) == "base" else Path(unet_path)
-    if path is not None and path.is_dir() and lora_file(path) is None:
+    init = None  # what LoRA weights are merged into
+    if path is not None and path.is_dir():
         whole = (path / "unet").is_dir() or (path / "config.json").is_file()
-        if not whole and (path / "unet.pth").is_file():
-            path = path / "unet.pth"  # a checkpoint-STEP folder
-        else:
+        if whole or not (path / "unet.pth").is_file() and lora_file(path) is None:
             subfolder = "unet" if (path / "unet").is_dir() else None
             unet = from_hub(UNet2DConditionModel, path, "the UNet", subfolder=subfolder)
             check_same_base(unet, base, str(path), **hub)
             return unet
+        if (path / "unet.pth").is_file():
+            path = path / "unet.pth"  # a checkpoint-STEP folder
+        elif (path / "progress.json").is_file():  # one of a LoRA run, which may have begun from other weights
+            init = read_unet_init(path / "progress.json")
     if path is not None and not path.exists() and path.suffix not in WEIGHT_FILES:
         return _unet_from_hub_id(base, str(unet_path), hub)  # a pipeline, a bare UNet or LoRA
 
-    unet = from_hub(UNet2DConditionModel, base, "the UNet", subfolder="unet", **hub)
+    unet = (load_unet(base, init, **hub) if init
+            else from_hub(UNet2DConditionModel, base, "the UNet", subfolder="unet", **hub))
     if path is None:
         return unet
     state = read_state_dict(lora_file(path) or path)

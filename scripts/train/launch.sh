@@ -9,7 +9,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 need_packages
 preset="$1"; shift
 gpus="$(count_gpus)"
-processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
+here="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
+processes=$(( here * ${NUM_MACHINES:-1} ))  # accelerate counts those of all machines
 if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi
 launch=(--config_file "${ACCELERATE_CONFIG:-$ROOT/configs/accelerate/$config.yaml}" --num_processes "$processes")
 [ -n "${NUM_MACHINES:-}" ] && launch+=(--num_machines "$NUM_MACHINES" --machine_rank "${MACHINE_RANK:?the rank of this machine}"
@@ -23,7 +24,7 @@ if [[ "$preset" != *_spo && "$preset" != spm_* ]]; then accumulation=(--gradient
 program=("$ROOT/train.py")
 if [[ "$preset" == spm_* ]]; then program=(-m spm.train); fi
 
-say "$preset on $gpus GPU(s), $processes process(es)"
+say "$preset on $gpus GPU(s) of this machine, $processes process(es) in all"
 [ "$gpus" -eq 0 ] && echo "no GPU found: this runs on the CPU, which suits only small models"
 run "$PYTHON" -m accelerate.commands.launch --quiet "${launch[@]}" "${program[@]}" \
   --config "$ROOT/configs/train/$preset.yaml" "${accumulation[@]}" "$@" &

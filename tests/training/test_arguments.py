@@ -43,6 +43,9 @@ def test_published_flags_keep_their_names_and_defaults():
     (["--checkpoints_total_limit", "0"], ["checkpoints_total_limit"]),
     (["--sft", "--train_method", "dspo"], ["--sft", "dspo"]),
     (["--max_train_steps", "0", "--num_train_epochs", "0"], ["num_train_epochs"]),
+    (["--noise_offset", "nan"], ["noise_offset"]),
+    (["--use_adafactor", "--optimizer", "adamw"], ["--use_adafactor", "adamw"]),
+    (["--beta_dp=100"], ["--beta_dp", "--beta_dpo"]),
 ])
 def test_a_bad_value_is_one_line_that_names_the_flag(flags, words):
     with pytest.raises(UserError) as error:
@@ -61,10 +64,25 @@ def test_no_data_is_an_error_that_names_both_ways():
     (["--sft", "--beta_dpo", "10"], "--beta_dpo does nothing"),
     (["--max_train_steps", "10"], "never reaches its peak"),
     (["--hard_skip_resume"], "never replays"),
+    (["--num_train_epochs", "3"], "--max_train_steps counts"),
+    (["--optimizer", "sgd", "--adam_beta1", "0.5"], "not AdamW"),
 ])
 def test_a_flag_that_is_ignored_is_worth_a_warning(flags, word, capsys):
     parse_arguments(BASE + flags)
     assert word in capsys.readouterr().err
+
+
+def test_the_result_never_overwrites_what_it_is_made_from(tmp_path):
+    with pytest.raises(UserError, match="--output_dir is --pretrained_model_name_or_path itself"):
+        parse_arguments(["--pretrained_model_name_or_path", str(tmp_path), "--dataset_name", "pairs", "--output_dir",
+                         f"{tmp_path}/."])
+
+
+def test_a_later_file_wins_over_an_earlier_one(tmp_path):
+    for name, text in (("preset", "beta_dpo: 100\nseed: 1\n"), ("own", "beta_dpo: 200\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    args = parse_arguments([*BASE, "--config", str(tmp_path / "preset.yaml"), f"--config={tmp_path / 'own.yaml'}"])
+    assert (args.beta_dpo, args.seed) == (200, 1)
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):

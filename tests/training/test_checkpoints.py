@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from training.checkpoints import (PROGRESS, choose_checkpoint, claim_output_dir, fault, list_checkpoints, put_in_place,
-                                  remove_leftovers, remove_older, settings_of_run, write_fault, write_manifest)
+                                  remove_leftovers, remove_older, set_aside_checkpoints, settings_of_run, write_fault,
+                                  write_manifest)
 from training.errors import UserError
 
 
@@ -52,6 +53,17 @@ def test_hours_of_work_are_not_started_anew_in_silence(tmp_path):
     assert choose_checkpoint("latest", tmp_path / "new") is None
 
 
+def test_a_run_begun_anew_does_not_take_the_earlier_ones_checkpoints_for_its_own(tmp_path, capsys):
+    for step in (5, 10):
+        make(tmp_path, step)
+    set_aside_checkpoints(tmp_path)
+    assert names(tmp_path) == ["replaced-1"] and names(tmp_path / "replaced-1") == ["checkpoint-10", "checkpoint-5"]
+    make(tmp_path, 2)
+    set_aside_checkpoints(tmp_path)
+    assert choose_checkpoint("latest", tmp_path) is None and names(tmp_path / "replaced-2") == ["checkpoint-2"]
+    assert "earlier checkpoint(s) are now in" in capsys.readouterr().out
+
+
 def test_pruning_spares_the_newest_and_what_is_ahead(tmp_path):
     """A run that resumed before a damaged checkpoint-30 reaches 20: 30 is no reason to delete 20."""
     for step in (5, 10, 20, 30):
@@ -90,7 +102,8 @@ def test_settings_are_found_without_run_json(tmp_path):
     (tmp_path / "run.json").write_text('{"beta_dpo": 7.0')
     assert settings_of_run(tmp_path) == {"beta_dpo": 5.0}
     (tmp_path / "run.json").write_text('{"beta_dpo": 7.0, "num_processes": 1}')
-    args = SimpleNamespace(output_dir=str(tmp_path), seed=None, allow_changed_resume=False, beta_dpo=2.0)
+    args = SimpleNamespace(output_dir=str(tmp_path), seed=None, allow_changed_resume=False, beta_dpo=2.0,
+                           resume_from_checkpoint="none")
     with pytest.raises(UserError, match=r"beta_dpo was 7.0, is 2.0"):
         claim_output_dir(args, SimpleNamespace(num_processes=1))
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from training.arguments import parse_arguments
-from training.data import PairDataset, choose_pairs, load_table
+from training.data import PairDataset, choose_pairs, content_digest, load_table
 from training.errors import UserError
 from training.images import to_pixels
 
@@ -69,6 +69,22 @@ def test_a_faulty_dataset_is_one_line(labels, columns, flags, words, tmp_path):
     with pytest.raises(UserError) as error:
         choose_pairs(load_table(args), args, seed=0)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_changed_rows_have_another_digest_and_patterns_in_a_path_are_told(tmp_path):
+    def digest(**columns):
+        path = table([1, 0], tmp_path, **columns)
+        args = arguments(path)
+        return content_digest(load_table(args), args), choose_pairs(load_table(args), args, 0).digest()
+
+    first, again = digest(), digest()
+    assert first == again
+    assert all(a != b for a, b in zip(first, digest(caption=["caption 1", "caption 0"])))
+    assert first[0] != digest(jpg_0=[jpeg("red"), jpeg("blue") + b"0"])[0]
+    folder = tmp_path / "pairs [v2]"
+    folder.mkdir()
+    with pytest.raises(UserError, match="reads as a pattern"):
+        load_table(arguments(table([1, 0], folder)))
 
 
 def test_only_pairs_of_two_dreamlike_models(tmp_path):

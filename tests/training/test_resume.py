@@ -80,6 +80,14 @@ def test_changed_settings_are_named_and_with_leave_take_effect(train_tiny, tmp_p
     assert progress["record"]["pairs_seen"] == 12
 
 
+def test_another_accumulation_goes_on_learning_and_fewer_steps_are_refused(train_tiny, tmp_path):
+    train_tiny(tmp_path, "--max_train_steps=1", "--gradient_accumulation_steps=3")
+    train_tiny(tmp_path, "--max_train_steps=2", "--gradient_accumulation_steps=2", "--allow_changed_resume")
+    assert not equal(weights(tmp_path), weights(tmp_path / "checkpoint-1"))
+    output = train_tiny(tmp_path, "--max_train_steps=1", "--gradient_accumulation_steps=2", expect=1)
+    assert "checkpoint-2 is beyond --max_train_steps 1" in output
+
+
 def test_data_that_changed_under_the_same_name_is_told(train_tiny, tmp_path):
     from shapes.pairs import write_pairs
 

@@ -1,5 +1,6 @@
 """Every kind of unet argument, and what is refused."""
 
+import json
 import os
 import pickle
 
@@ -96,6 +97,18 @@ def test_lora_is_merged_into_the_base(base, tmp_path, request):
         assert state.keys() == merged.keys()
         assert all(torch.allclose(state[key], merged[key], atol=1e-6) for key in merged), path
     assert any(not torch.equal(merged[key], value) for key, value in load_unet(base).state_dict().items())
+
+
+def test_a_lora_run_is_its_merged_model_and_its_checkpoint_goes_onto_what_it_began_from(base, tmp_path, request):
+    merged = write_lora(base, tmp_path / "checkpoint-1", sdxl="sdxl" in request.node.name)
+    began = {key: value + 1 for key, value in load_unet(base).state_dict().items()}
+    torch.save(began, tmp_path / "began.pth")
+    settings = {"settings": {"unet_init": str(tmp_path / "began.pth")}}
+    (tmp_path / "checkpoint-1" / "progress.json").write_text(json.dumps(settings))
+    state = load_unet(base, tmp_path / "checkpoint-1").state_dict()
+    assert all(torch.allclose(state[key], merged[key] + 1, atol=1e-5) for key in merged)
+    torch.save(began, tmp_path / "checkpoint-1" / "unet.pth")
+    assert all(torch.equal(value, began[key]) for key, value in load_unet(base, tmp_path / "checkpoint-1").state_dict().items())
 
 
 class Evil:
