@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from eval.files import fingerprint, write_json
+from eval.manifest import read_manifest
 from eval.sampling import Sampler, SamplingSettings, base_unet_config, is_sdxl, load_pipeline
 from prompts import group_path, read_group
 from training.compile import check_compiler, compile_blocks
@@ -110,6 +111,11 @@ def check(args: Arguments) -> None:
             raise UserError(f"--{name} must be at least 1")
     if not args.prompts:
         raise UserError("--prompts names no prompt group")
+    stems = [group_path(name).stem for name in args.prompts]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise UserError(f"--prompts names two groups {stem}, whose images would share a folder: rename one, or "
+                            "generate them one at a time with an --output_dir each")
     for name in ("height", "width"):
         if getattr(args, name) % 8:
             raise UserError(f"--{name} {getattr(args, name)} is no multiple of 8")
@@ -278,12 +284,17 @@ def generate_group(group: Group, sampler: Sampler, args: Arguments, state: Parti
 
 
 def finish_group(group: Group, record: dict, args: Arguments) -> None:
-    """STEM.zip, then the manifest, last of all. A manifest that already covers more prompts is kept."""
+    """STEM.zip, then the manifest, last of all. A manifest that already covers these prompts and more is kept; a damaged
+    one is written anew."""
     entries = [{"prompt": job.prompt, "gen_image_path": f"{group.stem}/{job.filename}", "raw_image_path": "",
                 "metadata": {**record, "index": job.index, "k": job.k, "image_seed": args.seed + job.k}}
                for job in group.jobs]
-    kept = json.loads(group.manifest.read_text()) if group.manifest.exists() else []
-    if [entry["gen_image_path"] for entry in kept[:len(entries)]] == [entry["gen_image_path"] for entry in entries]:
+    try:
+        kept = read_manifest(group.manifest)
+    except UserError:  # none yet, or damaged
+        kept = []
+    if [(entry["prompt"], entry["gen_image_path"]) for entry in kept[:len(entries)]] == [
+            (entry["prompt"], entry["gen_image_path"]) for entry in entries]:
         return
     if not args.no_zip:
         archive = group.manifest.with_suffix(".zip")

@@ -153,6 +153,25 @@ def test_changed_settings_are_never_mixed(tiny_sd15, sd15_run, prompt_file):
         generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
 
 
+def test_two_groups_of_one_name_are_refused(tiny_sd15, sd15_run, prompt_file):
+    other = prompt_file.parent / "other" / prompt_file.name
+    other.parent.mkdir()
+    other.write_text('["another prompt"]')
+    with pytest.raises(UserError, match="names two groups own"):
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--prompts", prompt_file, other))
+    assert not (sd15_run.parent / STEM).exists()
+
+
+def test_a_manifest_of_other_prompts_or_a_damaged_one_is_written_anew(tiny_sd15, sd15_run, prompt_file):
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 2))
+    manifest = sd15_run.parent / f"{STEM}.json"
+    right = manifest.read_text()
+    for wrong in (right.replace(PROMPTS[0], "another prompt"), right[:40], "{}", "[]"):
+        manifest.write_text(wrong)
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 2))
+        assert manifest.read_text() == right
+
+
 def test_a_manifest_of_the_published_program_is_kept(tiny_sd15, sd15_run, prompt_file, capsys):
     manifest = sd15_run.parent / f"{STEM}.json"
     manifest.write_text("[]")
