@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 SAMPLED_BLOCKS = 64
@@ -36,16 +37,17 @@ def _umask() -> int:
     return mask
 
 
-def fingerprint(path: str | os.PathLike) -> str:
+def fingerprint(path: str | os.PathLike, only: Iterable[Path] | None = None) -> str:
     """Identity of a file's content, or of a model folder's files, that survives moving and costs no full read.
 
     A file: sha256 of its size and of 64 blocks of 64 KiB spread evenly over it (a file up to 4 MiB is read whole), so
-    that a checkpoint of 5 GB takes milliseconds. A folder: the same of every weight and config file below it.
+    that a checkpoint of 5 GB takes milliseconds. A folder: the same of every weight and config file below it, or of
+    those in `only`.
     """
     path = Path(path)
     digest = hashlib.sha256()
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
+        for file in sorted(path.rglob("*") if only is None else only):
             if file.is_file() and file.suffix in MODEL_FILES:
                 digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
         return digest.hexdigest()[:16]

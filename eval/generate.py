@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -28,6 +29,7 @@ from eval.sampling import Sampler, SamplingSettings, base_unet_config, is_sdxl, 
 from prompts import group_path, read_group
 from training.compile import check_compiler, compile_blocks
 from training.errors import UserError, run_program
+from training.weights import lora_file
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"
@@ -35,6 +37,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 IMAGE_DESCRIPTION = 0x010E  # the EXIF tag
 SETTINGS_FILE = "settings.json"
 NAMES = ("pretrained_model_name_or_path", "unet_path", "pretrained_vae_model_name_or_path")  # told, never compared
+BASE_PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # besides UNet and VAE
 
 
 @dataclass
@@ -142,9 +145,35 @@ def fill_defaults(args: Arguments, device: torch.device) -> None:
         args.output_dir = str(unet if unet.is_dir() else unet.parent if unet.exists() else Path("output") / named)
 
 
-def identity(source: str) -> str:
-    """What a model name stands for: the content of a local file or folder, else the name itself."""
-    return f"sha256:{fingerprint(source)}" if Path(source).exists() else source
+def identity(source: str, files_of: Callable[[Path], list[Path]]) -> str:
+    """What a model name stands for: the content of a local file, or of the files that are loaded from a local folder
+    (images and manifests may lie there too), else the name itself."""
+    path = Path(source)
+    return f"sha256:{fingerprint(path, files_of(path) if path.is_dir() else None)}" if path.exists() else source
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What diffusers reads of a UNet's or VAE's folder."""
+    return [folder / "config.json", *folder.glob("diffusion_pytorch_model*")]
+
+
+def unet_files(folder: Path) -> list[Path]:
+    """What training.weights.load_unet reads of a folder."""
+    if lora := lora_file(folder):
+        return [lora]
+    if (folder / "unet").is_dir():
+        return model_files(folder / "unet")
+    return model_files(folder) if (folder / "config.json").is_file() else [folder / "unet.pth"]
+
+
+def vae_files(folder: Path) -> list[Path]:
+    return model_files(folder / "vae" if (folder / "vae").is_dir() else folder)
+
+
+def base_files(folder: Path) -> list[Path]:
+    """What eval.sampling.load_pipeline reads of a pipeline's folder."""
+    return [folder / "model_index.json", *model_files(folder / "unet"), *model_files(folder / "vae"),
+            *(file for part in BASE_PARTS for file in (folder / part).glob("*"))]
 
 
 def settings_record(args: Arguments, settings: SamplingSettings, device: torch.device) -> dict:
@@ -153,9 +182,9 @@ def settings_record(args: Arguments, settings: SamplingSettings, device: torch.d
     vae = args.pretrained_vae_model_name_or_path
     return {
         **{name: getattr(args, name) for name in NAMES},
-        "base_identity": identity(args.pretrained_model_name_or_path),
-        "unet_identity": identity(args.unet_path),
-        "vae_identity": identity(vae) if vae else "base",
+        "base_identity": identity(args.pretrained_model_name_or_path, base_files),
+        "unet_identity": identity(args.unet_path, unet_files),
+        "vae_identity": identity(vae, vae_files) if vae else "base",
         "seed": args.seed, "num_images_per_prompt": args.num_images_per_prompt, "negative_prompt": "",
         **asdict(settings), "latents_dtype": str(settings.latents_dtype).removeprefix("torch."),
         "guidance_scale_diffusers": settings.guidance_scale, "noise_dtype": dtype, "noise_device": device.type,

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
+from safetensors.torch import save_file
 
 from eval import generate
-from eval.generate import IMAGE_DESCRIPTION, read_prompt
+from eval.generate import IMAGE_DESCRIPTION, base_files, identity, read_prompt, unet_files, vae_files
 from training.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +153,42 @@ def test_changed_settings_are_never_mixed(tiny_sd15, sd15_run, prompt_file):
     prompt_file.write_text(json.dumps(["another prompt", *PROMPTS[1:]]))
     with pytest.raises(UserError, match="made for the prompt 'a red cat'"):
         generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "unet", "checkpoint", "lora"])
+def test_a_models_folder_may_hold_its_images(kind, tiny_sd15, sd15_run, tmp_path):
+    """The identities cover what is loaded, not the settings, manifests and scores that a run leaves beside it."""
+    folder = sd15_run.parent if kind == "checkpoint" else tmp_path / "model"
+    if kind == "lora":
+        folder.mkdir()
+        save_file({"unet.x.lora_A.weight": torch.zeros(1)}, folder / "pytorch_lora_weights.safetensors")
+    elif kind != "checkpoint":
+        shutil.copytree(tiny_sd15 if kind == "pipeline" else tiny_sd15 / "unet", folder)
+    base = folder if kind == "pipeline" else tiny_sd15
+
+    def identities() -> tuple[str, ...]:
+        return identity(str(base), base_files), identity(str(folder), unet_files), identity(str(base), vae_files)
+
+    before = identities()
+    assert all(told.startswith("sha256:") for told in before)
+    (folder / STEM).mkdir()
+    for name in (f"{STEM}/settings.json", f"{STEM}.json", f"{STEM}_scores.json"):
+        (folder / name).write_text("[]")
+    assert identities() == before
+    weights, = (folder / "unet" if kind == "pipeline" else folder).glob(
+        {"checkpoint": "unet.pth", "lora": "pytorch_lora*"}.get(kind, "diffusion_pytorch_model.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert identities()[1] != before[1]
+
+
+def test_a_diffusers_folder_is_generated_from_twice(tiny_sd15, prompt_file, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_sd15, tmp_path / "model")
+    generate.main(arguments(folder, folder, prompt_file, "--limit", 1))
+    monkeypatch.setattr(generate, "load_pipeline", lambda *_: pytest.fail("nothing is left to generate"))
+    generate.main(arguments(folder, folder, prompt_file, "--limit", 1))
+    assert (folder / f"{STEM}.json").exists()
 
 
 def test_two_groups_of_one_name_are_refused(tiny_sd15, sd15_run, prompt_file):
