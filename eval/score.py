@@ -11,6 +11,7 @@ scored before is not scored again.
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -148,7 +149,7 @@ def read_image(image: ScoredImage, kept: dict, sides: dict[str, int], at_once: d
             image.pixels = {side: to_pixels(picture, side) for side in {sides[name] for name in wanted if name in sides}}
             for name in at_once.keys() & wanted:
                 try:
-                    image.scores[name] = float(at_once[name].score([picture], [image.prompt])[0])
+                    image.scores[name] = finite(at_once[name].score([picture], [image.prompt]).tolist(), [image])[0]
                 except UserError as error:
                     failures[name] = str(error)
         image.sha256 = digest
@@ -156,14 +157,23 @@ def read_image(image: ScoredImage, kept: dict, sides: dict[str, int], at_once: d
         image.fault = first_line(error)
 
 
+def finite(scores: list[float], images: list[ScoredImage]) -> list[float]:
+    """The scores. Raises UserError naming the first image whose score is NaN or infinite: nothing can be compared with
+    it."""
+    for image, score in zip(images, scores):
+        if not math.isfinite(score):
+            raise UserError(f"its score of {image.path} is {score}, no finite number: are its weights damaged?")
+    return scores
+
+
 def score_images(metric: Metric, images: list[ScoredImage], batch_size: int) -> None:
-    """Score images that read_image has prepared, in batches."""
+    """Score images that read_image has prepared, in batches. Raises UserError for a score that is no finite number."""
     with tqdm(total=len(images), desc=metric.label, unit=" images") as bar:
         for start in range(0, len(images), batch_size):
             batch = images[start:start + batch_size]
             pixels = torch.stack([image.pixels[metric.image_size] for image in batch])
             scores = metric.score_pixels(pixels, [image.prompt for image in batch])
-            for image, score in zip(batch, scores.tolist()):
+            for image, score in zip(batch, finite(scores.tolist(), batch)):
                 image.scores[metric.name] = score
             bar.update(len(batch))
 

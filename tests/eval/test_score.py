@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from eval import score
@@ -87,6 +88,16 @@ def test_a_metric_without_weights_fails_alone(make_manifest, metrics_config, tmp
     assert "error: pickscore was not scored" in captured.err and "failed" in captured.out
     assert "FinalResults CLIPScore" in captured.out and "FinalResults PickScore" not in captured.out
     assert set(kept(manifest)["metrics"]) == {"aesthetics", "clip"}
+
+
+@pytest.mark.parametrize("metric, of", [("clip", "eval.metrics.clip.CLIPScore._score"), ("oracle", "eval.metrics.oracle.Oracle.score")])
+def test_a_score_that_is_no_number_fails_its_metric(metric, of, make_manifest, metrics_config, monkeypatch, capsys):
+    manifest = make_manifest("a", PROMPTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(of, lambda self, images, prompts: torch.full((len(prompts),), float("nan")))
+        assert run([manifest], metrics_config, "--metrics", metric, "aesthetics") == 1
+    assert f"error: {metric} was not scored" in (told := capsys.readouterr().err) and "is nan, no finite number" in told
+    assert set(kept(manifest)["metrics"]) == {"aesthetics"}
 
 
 def test_oracle_stands_beside_the_others(make_manifest, metrics_config, capsys):
