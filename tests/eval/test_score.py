@@ -76,6 +76,42 @@ def test_kept_scores_follow_image_content_and_metric_version(make_manifest, metr
     assert run([manifest], metrics_config, "--metrics", "aesthetics") == 0
 
 
+def test_kept_scores_that_are_no_numbers_or_of_unknown_metrics_are_not_used(make_manifest, metrics_config, monkeypatch):
+    manifest = make_manifest("a", PROMPTS)
+    run([manifest], metrics_config, "--metrics", "aesthetics")
+    right, scored = kept(manifest), []
+    wrong = json.loads(json.dumps(right))
+    wrong["metrics"]["beauty"] = wrong["metrics"]["aesthetics"]
+    for image, fault in zip(wrong["images"], ["5.5", float("nan"), None, 10**400]):
+        image["scores"] = {"aesthetics": fault, "beauty": 1.0}
+    manifest.with_name(f"{manifest.stem}_scores.json").write_text(json.dumps(wrong))
+    monkeypatch.setattr(score, "score_images", lambda metric, images, size, of=score.score_images:
+                        scored.append(len(images)) or of(metric, images, size))
+    assert run([manifest], metrics_config, "--metrics", "aesthetics") == 0
+    assert kept(manifest) == right and scored == [4]
+
+
+def test_scorings_at_one_time_keep_each_others_scores(make_manifest, metrics_config, monkeypatch):
+    manifest = make_manifest("a", PROMPTS)
+
+    def meanwhile(metric, images, size, of=score.score_images):
+        monkeypatch.setattr(score, "score_images", of)
+        assert run([manifest], metrics_config, "--metrics", "pickscore") == 0
+        of(metric, images, size)
+
+    monkeypatch.setattr(score, "score_images", meanwhile)
+    assert run([manifest], metrics_config, "--metrics", "clip") == 0
+    assert set(kept(manifest)["metrics"]) == {"clip", "pickscore"}
+    assert all(image["scores"].keys() == {"clip", "pickscore"} for image in kept(manifest)["images"])
+
+
+def test_nothing_is_written_where_nothing_is_new(make_manifest, metrics_config, monkeypatch):
+    manifest = make_manifest("a", PROMPTS)
+    run([manifest], metrics_config, "--metrics", "aesthetics", "clip")
+    monkeypatch.setattr(score, "write_json", lambda *_: pytest.fail("written: the folder may be read-only"))
+    assert run([manifest], metrics_config, "--metrics", "clip") == 0
+
+
 def test_a_metric_without_weights_fails_alone(make_manifest, metrics_config, tmp_path, capsys):
     config = tmp_path / "metrics.yaml"
     folder = metrics_config.parent
