@@ -9,8 +9,8 @@ CHUNK = 250  # resamples at a time: 3,200 prompts x 250 indices are 6 MB
 
 def by_prompt(values: np.ndarray, prompts: list[str]) -> np.ndarray:
     """Sums (P,) of `values` (N,) over the P distinct prompts, the units that are independent of each other."""
-    _, unit = np.unique(np.asarray(prompts, dtype=object).astype(str), return_inverse=True)
-    return np.bincount(unit, weights=values)
+    places = {prompt: place for place, prompt in enumerate(sorted(set(prompts)))}  # numpy's text loses trailing NULs
+    return np.bincount([places[prompt] for prompt in prompts], weights=values)
 
 
 def win_rate_interval(winners: np.ndarray, prompts: list[str], count_ties: bool = True, seed: int = 0
