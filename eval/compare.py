@@ -78,11 +78,12 @@ def compare_metric(metric: str, pairs: list[tuple[str, ScoredImage, ScoredImage]
               "win_rate_a_over_b": win_rate}
     pair_file = {"model_a": label_a, "model_b": label_b, **counts, "mean_score_a": float(scores_a.mean()),
                  "mean_score_b": float(scores_b.mean()), "ties_policy": ties_policy, "results": results}
+    interval = win_rate_interval(winners, prompts, ties_policy == "half")
     by_margin = sorted(results, key=lambda result: result["score_b"] - result["score_a"])
     told = [{"pair_index": result["pair_index"], "prompt": result["prompt"],
              "margin": result["score_a"] - result["score_b"]} for result in by_margin]
     row = {"metric": metric, "mean_a": float(scores_a.mean()), "mean_b": float(scores_b.mean()), **counts,
-           "win_rate_ci95": list(win_rate_interval(winners, prompts, ties_policy == "half")),
+           "win_rate_ci95": list(interval) if interval else None,
            "sign_test_p": sign_test(winners, prompts),
            "biggest_wins_a": [result for result in told[:EXTREMES] if result["margin"] > 0],
            "biggest_wins_b": [result for result in told[:-EXTREMES - 1:-1] if result["margin"] < 0]}
@@ -126,10 +127,10 @@ def summary_lines(summary: dict) -> list[str]:
     rows = [("Metric", f"mean {label_a}", f"mean {label_b}", f"{label_a} wins", "95% interval", "wins", "losses", "ties",
              "p (Holm)")]
     for row in summary["metrics"]:
-        low, high = row["win_rate_ci95"]
+        interval = "{:.2%} to {:.2%}".format(*row["win_rate_ci95"]) if row["win_rate_ci95"] else "-"
         rows.append((metric_class(row["metric"]).label, f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}",
-                     f"{row['win_rate_a_over_b']:.2%}", f"{low:.2%} to {high:.2%}", str(row["wins_a"]),
-                     str(row["wins_b"]), str(row["ties"]), f"{row['sign_test_p_holm']:.2g}"))
+                     f"{row['win_rate_a_over_b']:.2%}", interval, str(row["wins_a"]), str(row["wins_b"]),
+                     str(row["ties"]), f"{row['sign_test_p_holm']:.2g}"))
     averages = summary["averages"]
     return [*table(rows), "", f"win rate of {label_a} over {label_b}: macro {averages['macro_win_rate_a_over_b']:.2%}, "
             f"micro {averages['micro_win_rate_a_over_b']:.2%}"]

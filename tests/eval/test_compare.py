@@ -1,6 +1,7 @@
 """A/B comparison: pairs, tables recomputed by hand, mirrored by swapping, and the files of the published form."""
 
 import json
+import re
 
 import pytest
 
@@ -106,6 +107,14 @@ def test_partial_overlap_is_told(make_manifest, metrics_config, tmp_path, capsys
     assert summary["pairing"] == {"by": "prompt", "pairs": 2, "left_out_for_missing_images": 0,
                                   "images_without_partner_a": 4, "images_without_partner_b": 1}
     assert "4 images of A one and 1 of B/two have no partner" in capsys.readouterr().err
+
+
+def test_a_single_prompt_has_no_interval(make_manifest, metrics_config, tmp_path, capsys):
+    a, b = make_manifest("a", ["x"]), make_manifest("b", ["x"], seed=1)
+    _, folder, summary = run(a, b, metrics_config, tmp_path / "vs", "--metrics", "clip")
+    assert summary["metrics"][0]["win_rate_ci95"] is None
+    assert re.search(r"^\| CLIPScore .*%\s+\| - ", capsys.readouterr().out, re.MULTILINE)
+    assert '<span class="soft">-</span>' in (folder / "report.html").read_text()
 
 
 def test_missing_images(manifests, metrics_config, tmp_path):

@@ -29,6 +29,10 @@ def test_repeated_prompts_are_one_unit():
     assert clustered[1] - clustered[0] == pytest.approx(2 * (alone[1] - alone[0]), rel=0.1)  # sqrt(4) times as wide
 
 
+def test_one_prompt_has_no_interval():
+    assert win_rate_interval(np.array([1.0, 1.0, -1.0]), ["a", "a", "a"]) is None
+
+
 def test_prompts_that_differ_in_a_trailing_null_are_two():
     assert by_prompt(np.array([1.0, -1.0, 1.0]), ["b", "b\0", "a"]).tolist() == [1.0, 1.0, -1.0]
 
