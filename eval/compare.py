@@ -69,7 +69,8 @@ def compare_metric(metric: str, pairs: list[tuple[str, ScoredImage, ScoredImage]
     half, counted = (ties / 2, len(pairs)) if ties_policy == "half" else (0, wins_a + wins_b)
     win_rate = (wins_a + half) / counted if counted else 0.5
     results = [
-        {"pair_index": index, "prompt": prompt, "image_a": str(image_a.path), "image_b": str(image_b.path),
+        {"pair_index": index, "prompt": prompt,
+         "image_a": str(image_a.path.absolute()), "image_b": str(image_b.path.absolute()),
          "score_a": image_a.scores[metric], "score_b": image_b.scores[metric],
          "winner": label_a if sign > 0 else label_b if sign < 0 else "tie"}
         for index, ((prompt, image_a, image_b), sign) in enumerate(zip(pairs, winners))

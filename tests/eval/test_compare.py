@@ -7,6 +7,7 @@ import pytest
 
 from eval import compare
 from eval.compare import pair_up
+from eval.report import write_report
 from training.errors import UserError
 
 PROMPTS = ["a red cat", "a dog", "a dog", "naïve 東京", "<b>bold</b>", "z last"]
@@ -107,6 +108,16 @@ def test_partial_overlap_is_told(make_manifest, metrics_config, tmp_path, capsys
     assert summary["pairing"] == {"by": "prompt", "pairs": 2, "left_out_for_missing_images": 0,
                                   "images_without_partner_a": 4, "images_without_partner_b": 1}
     assert "4 images of A one and 1 of B/two have no partner" in capsys.readouterr().err
+
+
+def test_a_report_is_written_again_from_another_folder(manifests, metrics_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = [manifest.relative_to(tmp_path) for manifest in manifests]
+    _, folder, _ = run(*relative, metrics_config, tmp_path / "vs", "--metrics", "clip")
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 2 * len(PROMPTS)
+    monkeypatch.chdir(folder)
+    assert write_report(folder).read_text() == page
 
 
 def test_a_single_prompt_has_no_interval(make_manifest, metrics_config, tmp_path, capsys):
