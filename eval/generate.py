@@ -258,7 +258,7 @@ def write_image(image: Image.Image, prompt: str, path: Path) -> None:
 def read_prompt(path: Path) -> str | None:
     """The prompt that write_image put into a PNG."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             text = image.getexif().get(IMAGE_DESCRIPTION)
     except OSError:
         return None

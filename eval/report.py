@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 from eval.files import write_bytes
 from eval.metrics import metric_class
 from training.errors import UserError, run_program
+from training.images import FORMATS
 
 INLINE_PAIRS = 150
 THUMBNAIL = 384  # pixels; a phone's card shows about 180, a laptop's 300
@@ -38,7 +39,7 @@ class Arguments:
 def thumbnail(path: str) -> bytes | None:
     """A JPEG of at most THUMBNAIL pixels; None when the image has gone since it was scored."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image = image.convert("RGB")
     except OSError:
         return None

@@ -30,6 +30,7 @@ from eval.metrics import (METRICS, PUBLISHED, canonical_name, load_metric, metri
                           metric_version, read_config)
 from eval.metrics.base import Metric, to_pixels
 from training.errors import UserError, first_line, run_program
+from training.images import FORMATS
 
 LISTED_FAULTS = 10
 READ_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on broken files
@@ -175,7 +176,7 @@ def read_image(image: ScoredImage, kept: dict, sides: dict[str, int], at_once: d
         image.scores = dict(kept.get((digest, image.prompt), {}))
         wanted = [name for name in (*sides, *at_once) if name not in image.scores]
         if wanted:
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
+            picture = Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
             image.pixels = {side: to_pixels(picture, side) for side in {sides[name] for name in wanted if name in sides}}
             for name in at_once.keys() & wanted:
                 try:

@@ -46,7 +46,7 @@ def test_scores_lines_and_tables(make_manifest, metrics_config, capsys, tmp_path
 def test_each_image_is_read_once_and_scored_once(make_manifest, metrics_config, monkeypatch):
     manifest, reads, loads = make_manifest("a", PROMPTS), [], []
     opened, load = Image.open, score.load_metric
-    monkeypatch.setattr(score.Image, "open", lambda *a: reads.append(a) or opened(*a))
+    monkeypatch.setattr(score.Image, "open", lambda *a, **k: reads.append(a) or opened(*a, **k))
     monkeypatch.setattr(score, "load_metric", lambda *a: loads.append(a[0]) or load(*a))
     run([manifest], metrics_config, "--metrics", "clip", "pickscore")
     assert len(reads) == len(PROMPTS) and loads == ["clip", "pickscore"]
@@ -161,6 +161,15 @@ def test_missing_and_unreadable_images_are_listed_and_counted(make_manifest, met
         path.unlink()
     with pytest.raises(UserError, match="none of the 5 images"):
         run([manifest], metrics_config, "--skip_missing")
+
+
+def test_formats_that_run_other_programs_are_not_opened(make_manifest, metrics_config, monkeypatch):
+    manifest = make_manifest("a", PROMPTS[:1])
+    image = next(manifest.parent.glob("own*cfg/*.png"))
+    Image.new("RGB", (64, 64)).save(image, "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was run"))
+    with pytest.raises(UserError, match="1 of 1 images are missing or unreadable"):
+        run([manifest], metrics_config, "--metrics", "aesthetics")
 
 
 @pytest.mark.parametrize("content, told", [
