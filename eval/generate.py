@@ -7,6 +7,7 @@ batches are written aside and renamed into place, the manifest comes last. Setti
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ from training.weights import lora_file
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+TRAINING_STEPS = 1000  # of SD1.5's and SDXL's schedulers
 IMAGE_DESCRIPTION = 0x010E  # the EXIF tag
 SETTINGS_FILE = "settings.json"
 NAMES = ("pretrained_model_name_or_path", "unet_path", "pretrained_vae_model_name_or_path")  # told, never compared
@@ -108,7 +110,7 @@ class Group:
 
 
 def check(args: Arguments) -> None:
-    """Refuse what cannot work before anything loads."""
+    """Refuse what cannot work before anything loads, the defaults still being None."""
     for name in ("num_images_per_prompt", "limit", "num_inference_steps", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
@@ -120,10 +122,16 @@ def check(args: Arguments) -> None:
             raise UserError(f"--prompts names two groups {stem}, whose images would share a folder: rename one, or "
                             "generate them one at a time with an --output_dir each")
     for name in ("height", "width"):
-        if getattr(args, name) % 8:
-            raise UserError(f"--{name} {getattr(args, name)} is no multiple of 8")
-    if args.seed < 0:
-        raise UserError("--seed must not be negative")
+        side = getattr(args, name)
+        if side is not None and (side < 8 or side % 8):
+            raise UserError(f"--{name} {side} is no multiple of 8 above 0")
+    if args.num_inference_steps > TRAINING_STEPS:
+        raise UserError(f"--num_inference_steps {args.num_inference_steps} is more than the {TRAINING_STEPS} that the "
+                        "models were trained with")
+    if not math.isfinite(args.cfg):
+        raise UserError(f"--cfg {args.cfg} is no finite number")
+    if args.seed < 0 or args.seed + args.num_images_per_prompt > 2**63:
+        raise UserError("--seed must not be negative, nor a prompt's last seed above 2**63 - 1")
 
 
 def fill_defaults(args: Arguments, device: torch.device) -> None:
@@ -348,8 +356,8 @@ def main(argv: list[str] | None = None) -> None:
     several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     state = PartialState(cpu=several_on_cpu, timeout=timedelta(hours=1))  # cpu: else each process would be on its own
     torch.backends.cudnn.deterministic = True
-    fill_defaults(args, state.device)
     check(args)
+    fill_defaults(args, state.device)
     if state.device.type == "cpu":
         state.print(f"no GPU here: generating on the CPU, UNet in {DTYPES[args.mixed_precision]}")
     unet_dtype = DTYPES[args.mixed_precision]

@@ -191,6 +191,19 @@ def test_a_diffusers_folder_is_generated_from_twice(tiny_sd15, prompt_file, tmp_
     assert (folder / f"{STEM}.json").exists()
 
 
+@pytest.mark.parametrize("flags, told", [
+    (["--height", 0], "--height 0 is no multiple of 8 above 0"), (["--width", -64], "--width -64 is no multiple"),
+    (["--batch_size", 0], "--batch_size must be at least 1"), (["--seed", 2**63], "--seed must not be negative, nor"),
+    (["--seed", 2**63 - 1, "--num_images_per_prompt", 2], "a prompt's last seed above"),
+    (["--cfg", "nan"], "--cfg nan is no finite number"), (["--cfg", "inf"], "--cfg inf is no"),
+    (["--num_inference_steps", 1001], "more than the 1000"),
+])
+def test_values_that_no_sampler_takes(flags, told, tiny_sd15, sd15_run, prompt_file):
+    with pytest.raises(UserError, match=told):
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file, *flags))
+    assert [path.name for path in sd15_run.parent.iterdir()] == ["unet.pth"]
+
+
 def test_two_groups_of_one_name_are_refused(tiny_sd15, sd15_run, prompt_file):
     other = prompt_file.parent / "other" / prompt_file.name
     other.parent.mkdir()
