@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from transformers import HfArgumentParser
 
-from eval.files import write_json
+from eval.files import make_folder, write_json
 from eval.manifest import read_manifest
 from eval.metrics import metric_class
 from eval.report import write_report
@@ -110,12 +110,13 @@ def summarise(rows: list[dict], args: Arguments, pairing: dict) -> dict:
 
 
 def new_folder(outdir: str, label_a: str, label_b: str) -> Path:
-    names = [re.sub(r"[^\w.+-]+", "_", label) for label in (label_a, label_b)]
+    """A new folder in `outdir`, named after the labels (80 bytes of each at most: a name has 255) and the time."""
+    names = [re.sub(r"[^\w.+-]+", "_", label).encode()[:80].decode(errors="ignore") for label in (label_a, label_b)]
     stamp = f"{names[0]}_vs_{names[1]}_{datetime.now():%m%d-%H%M%S}"
     for number in range(1, 1000):
         folder = Path(outdir) / (stamp if number == 1 else f"{stamp}-{number}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             continue
@@ -147,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     entries_a, entries_b = read_manifest(args.json_a), read_manifest(args.json_b)
     indices = pair_up([entry["prompt"] for entry in entries_a], [entry["prompt"] for entry in entries_b], args.pair_by)
 
+    make_folder(Path(args.outdir), "--outdir")
     (scored_a, scored_b), failures = score_manifests([args.json_a, args.json_b], args)
     paired = [(prompt, scored_a.images[a], scored_b.images[b]) for prompt, a, b in indices]
     pairs = [pair for pair in paired if not pair[1].fault and not pair[2].fault]

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from training.errors import UserError
+
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 64 * 1024
 MODEL_FILES = (".safetensors", ".bin", ".pth", ".pt", ".json", ".txt", ".model")
@@ -27,9 +29,32 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def make_folder(folder: Path, flag: str) -> None:
+    """Make the folder that `flag` names or needs, and those above it. Raises UserError when it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}: the folder {folder} cannot be made ({error.strerror}): name another") from None
+
+
+def make_room(file: str | os.PathLike, flag: str) -> None:
+    """Make the folder of a file that will be written at the end. Raises UserError when there can be no such file."""
+    make_folder(Path(file).parent, flag)
+    if Path(file).is_dir():
+        raise UserError(f"{flag}: {file} is a folder: name a file")
+
+
 def write_json(path: Path, value: object) -> None:
     """JSON that every reader takes. Raises ValueError for NaN and infinities."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path):
+    """A JSON file's content; None when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _umask() -> int:

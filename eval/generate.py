@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval.files import fingerprint, write_json
+from eval.files import fingerprint, make_folder, make_room, read_json, write_json
 from eval.manifest import read_manifest
 from eval.sampling import Sampler, SamplingSettings, base_unet_config, is_sdxl, load_pipeline
 from prompts import group_path, read_group
@@ -219,10 +219,12 @@ def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
         shutil.rmtree(group.folder, ignore_errors=True)
         for path in (group.manifest, group.manifest.with_suffix(".zip")):
             path.unlink(missing_ok=True)
-    group.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(group.folder, "--output_dir")
     settings = group.folder / SETTINGS_FILE
     if settings.exists():
-        before = json.loads(settings.read_text())
+        before = read_json(settings)
+        if not isinstance(before, dict):
+            raise UserError(f"{settings} is damaged: choose another --output_dir, or --overwrite what is there")
         changed = [f"{key} was {before.get(key)}, now {record[key]}" for key in record
                    if key not in NAMES and before.get(key) != record[key]]
         if changed:
@@ -366,6 +368,8 @@ def main(argv: list[str] | None = None) -> None:
     record = settings_record(args, settings, state.device)
     groups = [plan_group(name, args) for name in args.prompts]
     if state.is_main_process:
+        if args.manifest_list:
+            make_room(args.manifest_list, "--manifest_list")
         for group in groups:
             if not args.overwrite and made_elsewhere(group):
                 print(f"{group.manifest} exists: its images are kept as they are")

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval.files import write_bytes, write_json
+from eval.files import make_room, read_json, write_bytes, write_json
 from eval.manifest import image_path, read_manifest
 from eval.metrics import (METRICS, PUBLISHED, canonical_name, load_metric, metric_class, metric_settings,
                           metric_version, read_config)
@@ -111,14 +111,6 @@ def mean_score(scores: list[dict[str, float]], metric: str) -> float | None:
     """Mean of a metric over images; None when one lacks it, or there is none."""
     found = [of.get(metric) for of in scores]
     return None if None in found or not found else sum(found) / len(found)
-
-
-def read_json(path: Path):
-    """A JSON file's content; None when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def read_scores(path: Path, asked: dict[str, str]) -> tuple[dict[str, str], dict[tuple[str, str], dict[str, float]]]:
@@ -310,6 +302,8 @@ def main(argv: list[str] | None = None) -> int:
     args = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)[0]
     if not args.manifests:
         raise UserError("--manifests names no generation manifest")
+    if args.log_file:
+        make_room(args.log_file, "--log_file")
     manifests, failures = score_manifests(args.manifests, args)
     results = results_text(manifests, args.metrics)
     print(f"\n{results}\n{summary_table(manifests, args.metrics)}", flush=True)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from eval import compare
-from eval.compare import pair_up
+from eval.compare import new_folder, pair_up
 from eval.report import write_report
 from training.errors import UserError
 
@@ -140,6 +140,18 @@ def test_missing_images(manifests, metrics_config, tmp_path):
 def test_bad_labels(labels, manifests, metrics_config, tmp_path):
     with pytest.raises(UserError, match="two different names"):
         run(*manifests, metrics_config, tmp_path / "vs", labels=labels)
+
+
+def test_long_labels_are_shortened_in_the_folders_name(tmp_path):
+    folder = new_folder(str(tmp_path), "東" * 300, "b" * 300)
+    assert folder.is_dir() and folder.name.startswith("東" * 26 + "_vs_" + "b" * 80 + "_")
+
+
+def test_an_outdir_that_is_a_file_is_told_before_scoring(manifests, metrics_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "score_manifests", lambda *_: pytest.fail("scored"))
+    (tmp_path / "vs").write_text("")
+    with pytest.raises(UserError, match="--outdir: the folder .*vs cannot be made"):
+        run(*manifests, metrics_config, tmp_path / "vs")
 
 
 def test_no_common_prompt(make_manifest, metrics_config, tmp_path):

@@ -93,7 +93,7 @@ def test_a_cheaper_vae_and_compilation_are_told(tiny_sd15, sd15_run, prompt_file
 
 
 def test_manifest_names_files_and_settings(tiny_sd15, sd15_run, prompt_file):
-    listed = sd15_run.parent / "listed"
+    listed = sd15_run.parent / "lists" / "listed"
     generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--manifest_list", listed))
     folder = sd15_run.parent / STEM
     entries = json.loads((sd15_run.parent / f"{STEM}.json").read_text())
@@ -320,6 +320,9 @@ class Evil:
     ("no pipeline", "no diffusers pipeline at"),
     ("sdxl", "is no SDXL pipeline"),
     ("no steps", "num_inference_steps must be at least 1"),
+    ("output is a file", "--output_dir: the folder .* cannot be made"),
+    ("list is a folder", "--manifest_list: .* is a folder"),
+    ("damaged settings", "settings.json is damaged"),
 ])
 def test_bad_input_is_told_in_one_line(fault, told, tiny_sd15, tiny_sdxl, sd15_run, prompt_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -340,6 +343,13 @@ def test_bad_input_is_told_in_one_line(fault, told, tiny_sd15, tiny_sdxl, sd15_r
         more = ["--sdxl"]
     elif fault == "no steps":
         more = ["--num_inference_steps", 0]
+    elif fault == "output is a file":
+        more = ["--output_dir", prompt_file]
+    elif fault == "list is a folder":
+        more = ["--manifest_list", tmp_path]
+    elif fault == "damaged settings":
+        (sd15_run.parent / STEM).mkdir()
+        (sd15_run.parent / STEM / "settings.json").write_text('{"seed"')
     with pytest.raises(UserError, match=told) as error:
         generate.main(arguments(unet, base, prompt_file, *more))
     assert "\n" not in str(error.value)

@@ -26,7 +26,8 @@ def kept(manifest: Path) -> dict:
 
 def test_scores_lines_and_tables(make_manifest, metrics_config, capsys, tmp_path):
     manifest = make_manifest("a", PROMPTS)
-    assert run([manifest], metrics_config, "--log_file", tmp_path / "joint_test_64.log", "--batch_size", 2) == 0
+    log_file = tmp_path / "logs" / "joint_test_64.log"
+    assert run([manifest], metrics_config, "--log_file", log_file, "--batch_size", 2) == 0
     content = kept(manifest)
     images = [Image.open(manifest.parent / image["gen_image_path"]) for image in content["images"]]
     for name, label in (("pickscore", "PickScore"), ("hpsv2", "HPSv2"), ("aesthetics", "AesScore"),
@@ -36,7 +37,7 @@ def test_scores_lines_and_tables(make_manifest, metrics_config, capsys, tmp_path
         assert got == pytest.approx(expected.tolist(), abs=1e-5)
         mean = sum(got) / len(got)
         assert content["metrics"][name]["mean"] == pytest.approx(mean)
-        log = (tmp_path / "joint_test_64.log").read_text()
+        log = log_file.read_text()
         assert f"FinalResults {label} for own : {mean:.4f}\n" in log
         assert re.search(rf"^\| own +\| {label} +\| {re.escape(f'{mean:.4f}')} +\|$", log, re.MULTILINE)
     assert re.search(r"^\| Prompt +\| Predictor +\| Score +\|$", log, re.MULTILINE)
@@ -192,6 +193,14 @@ def test_bad_options(more, told, make_manifest, metrics_config, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=told):
         run([make_manifest("a", PROMPTS)], metrics_config, *more)
+
+
+@pytest.mark.parametrize("log_file, told", [("m.json/x.log", "cannot be made"), (".", "is a folder")])
+def test_a_log_that_cannot_be_is_told_before_scoring(log_file, told, metrics_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "score_manifests", lambda *_: pytest.fail("scored"))
+    (tmp_path / "m.json").write_text("[]")
+    with pytest.raises(UserError, match=f"--log_file: .*{told}"):
+        run([tmp_path / "m.json"], metrics_config, "--log_file", tmp_path / log_file)
 
 
 def test_relative_paths_are_taken_from_the_manifest_then_from_the_working_directory(make_manifest, metrics_config,
