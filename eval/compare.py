@@ -16,7 +16,7 @@ import numpy as np
 from transformers import HfArgumentParser
 
 from eval.files import make_folder, write_json
-from eval.manifest import read_manifest
+from eval.manifest import is_text, read_manifest
 from eval.metrics import metric_class
 from eval.report import write_report
 from eval.score import ScoredImage, ScoringOptions, report_failures, score_manifests, table
@@ -145,6 +145,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--json_{side} names no manifest")
     if not args.label_a or not args.label_b or args.label_a == args.label_b or "tie" in (args.label_a, args.label_b):
         raise UserError("--label_a and --label_b must be two different names, neither of them 'tie'")
+    if not is_text(args.label_a) or not is_text(args.label_b):
+        raise UserError("--label_a and --label_b must be UTF-8 text")
     entries_a, entries_b = read_manifest(args.json_a), read_manifest(args.json_b)
     indices = pair_up([entry["prompt"] for entry in entries_a], [entry["prompt"] for entry in entries_b], args.pair_by)
 

@@ -136,9 +136,12 @@ def test_missing_images(manifests, metrics_config, tmp_path):
     assert summary["pairing"]["left_out_for_missing_images"] == 1 and summary["metrics"][0]["total_pairs"] == 5
 
 
-@pytest.mark.parametrize("labels", [("same", "same"), ("tie", "B"), ("", "B")])
-def test_bad_labels(labels, manifests, metrics_config, tmp_path):
-    with pytest.raises(UserError, match="two different names"):
+@pytest.mark.parametrize("labels, told", [
+    (("same", "same"), "two different names"), (("tie", "B"), "two different names"), (("", "B"), "two different names"),
+    (("A", "\udcff"), "must be UTF-8"),
+])
+def test_bad_labels(labels, told, manifests, metrics_config, tmp_path):
+    with pytest.raises(UserError, match=told):
         run(*manifests, metrics_config, tmp_path / "vs", labels=labels)
 
 
