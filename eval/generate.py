@@ -196,8 +196,8 @@ def settings_record(args: Arguments, settings: SamplingSettings, device: torch.d
         "seed": args.seed, "num_images_per_prompt": args.num_images_per_prompt, "negative_prompt": "",
         **asdict(settings), "latents_dtype": str(settings.latents_dtype).removeprefix("torch."),
         "guidance_scale_diffusers": settings.guidance_scale, "noise_dtype": dtype, "noise_device": device.type,
-        "unet_dtype": dtype, "text_encoder_dtype": dtype, "vae_dtype": "float32" if args.vae_dtype == "float32" else dtype, "vae_tiling": args.vae_tiling,
-        "compiled": args.compile,
+        "unet_dtype": dtype, "text_encoder_dtype": dtype, "vae_tiling": args.vae_tiling,
+        "vae_dtype": "float32" if args.vae_dtype == "float32" else dtype, "compiled": args.compile,
     }
 
 
@@ -323,8 +323,8 @@ def generate_group(group: Group, sampler: Sampler, args: Arguments, state: Parti
 
 
 def finish_group(group: Group, record: dict, args: Arguments) -> None:
-    """STEM.zip, then the manifest, last of all. A manifest that already covers these prompts and more is kept; a damaged
-    one is written anew."""
+    """STEM.zip, then the manifest, last of all. A manifest that already covers these prompts and more is kept; a
+    damaged one is written anew."""
     entries = [{"prompt": job.prompt, "gen_image_path": f"{group.stem}/{job.filename}", "raw_image_path": "",
                 "metadata": {**record, "index": job.index, "k": job.k, "image_seed": args.seed + job.k}}
                for job in group.jobs]

@@ -89,16 +89,16 @@ def project(tmp_path) -> Path:
 
 
 def test_a_missing_group_is_built_or_told(project):
-    result = subprocess.run(["bash", str(project / "scripts/eval/generate.sh"), "--unet_path", "x", "--prompts", "papv2"],
-                            capture_output=True, text=True, timeout=120,
+    command = ["bash", str(project / "scripts/eval/generate.sh"), "--unet_path", "x", "--prompts", "papv2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120,
                             env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHON": sys.executable})
     assert result.returncode == 1
     assert "prompts/papv2.json is missing: building it" in result.stdout and "--source" in result.stderr
 
 
 @pytest.mark.parametrize("words, built", [
-    (["--prompts=own"], []), (["--prompts=papv2", "--limit", "2"], ["papv2"]), (["--prompts", "own", "hpsv2"], ["hpsv2"]),
-    ([], ["papv2", "hpsv2", "partiprompts"]),
+    (["--prompts=own"], []), (["--prompts=papv2", "--limit", "2"], ["papv2"]),
+    (["--prompts", "own", "hpsv2"], ["hpsv2"]), ([], ["papv2", "hpsv2", "partiprompts"]),
 ])
 def test_only_the_groups_asked_for_are_built(words, built, project, tmp_path):
     python = tmp_path / "python"
