@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from transformers import HfArgumentParser
 
-from eval.files import write_json
-from eval.manifest import read_manifest
+from eval.files import make_folder, write_json
+from eval.manifest import is_text, read_manifest
 from eval.metrics import metric_class
 from eval.report import write_report
 from eval.score import ScoredImage, ScoringOptions, report_failures, score_manifests, table
@@ -70,7 +70,8 @@ def compare_metric(metric: str, pairs: list[tuple[str, ScoredImage, ScoredImage]
     half, counted = (ties / 2, len(pairs)) if ties_policy == "half" else (0, wins_a + wins_b)
     win_rate = (wins_a + half) / counted if counted else 0.5
     results = [
-        {"pair_index": index, "prompt": prompt, "image_a": str(image_a.path), "image_b": str(image_b.path),
+        {"pair_index": index, "prompt": prompt,
+         "image_a": str(image_a.path.absolute()), "image_b": str(image_b.path.absolute()),
          "score_a": image_a.scores[metric], "score_b": image_b.scores[metric],
          "winner": label_a if sign > 0 else label_b if sign < 0 else "tie"}
         for index, ((prompt, image_a, image_b), sign) in enumerate(zip(pairs, winners))
@@ -79,11 +80,12 @@ def compare_metric(metric: str, pairs: list[tuple[str, ScoredImage, ScoredImage]
               "win_rate_a_over_b": win_rate}
     pair_file = {"model_a": label_a, "model_b": label_b, **counts, "mean_score_a": float(scores_a.mean()),
                  "mean_score_b": float(scores_b.mean()), "ties_policy": ties_policy, "results": results}
+    interval = win_rate_interval(winners, prompts, ties_policy == "half")
     by_margin = sorted(results, key=lambda result: result["score_b"] - result["score_a"])
     told = [{"pair_index": result["pair_index"], "prompt": result["prompt"],
              "margin": result["score_a"] - result["score_b"]} for result in by_margin]
     row = {"metric": metric, "mean_a": float(scores_a.mean()), "mean_b": float(scores_b.mean()), **counts,
-           "win_rate_ci95": list(win_rate_interval(winners, prompts, ties_policy == "half")),
+           "win_rate_ci95": list(interval) if interval else None,
            "sign_test_p": sign_test(winners, prompts),
            "biggest_wins_a": [result for result in told[:EXTREMES] if result["margin"] > 0],
            "biggest_wins_b": [result for result in told[:-EXTREMES - 1:-1] if result["margin"] < 0]}
@@ -109,12 +111,13 @@ def summarise(rows: list[dict], args: Arguments, pairing: dict) -> dict:
 
 
 def new_folder(outdir: str, label_a: str, label_b: str) -> Path:
-    names = [re.sub(r"[^\w.+-]+", "_", label) for label in (label_a, label_b)]
+    """A new folder in `outdir`, named after the labels (80 bytes of each at most: a name has 255) and the time."""
+    names = [re.sub(r"[^\w.+-]+", "_", label).encode()[:80].decode(errors="ignore") for label in (label_a, label_b)]
     stamp = f"{names[0]}_vs_{names[1]}_{datetime.now():%m%d-%H%M%S}"
     for number in range(1, 1000):
         folder = Path(outdir) / (stamp if number == 1 else f"{stamp}-{number}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             continue
@@ -127,10 +130,10 @@ def summary_lines(summary: dict) -> list[str]:
     rows = [("Metric", f"mean {label_a}", f"mean {label_b}", f"{label_a} wins", "95% interval", "wins", "losses", "ties",
              "p (Holm)")]
     for row in summary["metrics"]:
-        low, high = row["win_rate_ci95"]
+        interval = "{:.2%} to {:.2%}".format(*row["win_rate_ci95"]) if row["win_rate_ci95"] else "-"
         rows.append((metric_class(row["metric"]).label, f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}",
-                     f"{row['win_rate_a_over_b']:.2%}", f"{low:.2%} to {high:.2%}", str(row["wins_a"]),
-                     str(row["wins_b"]), str(row["ties"]), f"{row['sign_test_p_holm']:.2g}"))
+                     f"{row['win_rate_a_over_b']:.2%}", interval, str(row["wins_a"]), str(row["wins_b"]),
+                     str(row["ties"]), f"{row['sign_test_p_holm']:.2g}"))
     averages = summary["averages"]
     return [*table(rows), "", f"win rate of {label_a} over {label_b}: macro {averages['macro_win_rate_a_over_b']:.2%}, "
             f"micro {averages['micro_win_rate_a_over_b']:.2%}"]
@@ -143,9 +146,12 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--json_{side} names no manifest")
     if not args.label_a or not args.label_b or args.label_a == args.label_b or "tie" in (args.label_a, args.label_b):
         raise UserError("--label_a and --label_b must be two different names, neither of them 'tie'")
+    if not is_text(args.label_a) or not is_text(args.label_b):
+        raise UserError("--label_a and --label_b must be UTF-8 text")
     entries_a, entries_b = read_manifest(args.json_a), read_manifest(args.json_b)
     indices = pair_up([entry["prompt"] for entry in entries_a], [entry["prompt"] for entry in entries_b], args.pair_by)
 
+    make_folder(Path(args.outdir), "--outdir")
     (scored_a, scored_b), failures = score_manifests([args.json_a, args.json_b], args)
     paired = [(prompt, scored_a.images[a], scored_b.images[b]) for prompt, a, b in indices]
     pairs = [pair for pair in paired if not pair[1].fault and not pair[2].fault]

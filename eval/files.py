@@ -4,7 +4,10 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+
+from training.errors import UserError
 
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 64 * 1024
@@ -26,8 +29,32 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def make_folder(folder: Path, flag: str) -> None:
+    """Make the folder that `flag` names or needs, and those above it. Raises UserError when it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}: the folder {folder} cannot be made ({error.strerror}): name another") from None
+
+
+def make_room(file: str | os.PathLike, flag: str) -> None:
+    """Make the folder of a file that will be written at the end. Raises UserError when there can be no such file."""
+    make_folder(Path(file).parent, flag)
+    if Path(file).is_dir():
+        raise UserError(f"{flag}: {file} is a folder: name a file")
+
+
 def write_json(path: Path, value: object) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """JSON that every reader takes. Raises ValueError for NaN and infinities."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path):
+    """A JSON file's content; None when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _umask() -> int:
@@ -36,16 +63,17 @@ def _umask() -> int:
     return mask
 
 
-def fingerprint(path: str | os.PathLike) -> str:
+def fingerprint(path: str | os.PathLike, only: Iterable[Path] | None = None) -> str:
     """Identity of a file's content, or of a model folder's files, that survives moving and costs no full read.
 
     A file: sha256 of its size and of 64 blocks of 64 KiB spread evenly over it (a file up to 4 MiB is read whole), so
-    that a checkpoint of 5 GB takes milliseconds. A folder: the same of every weight and config file below it.
+    that a checkpoint of 5 GB takes milliseconds. A folder: the same of every weight and config file below it, or of
+    those in `only`.
     """
     path = Path(path)
     digest = hashlib.sha256()
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
+        for file in sorted(path.rglob("*") if only is None else only):
             if file.is_file() and file.suffix in MODEL_FILES:
                 digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
         return digest.hexdigest()[:16]

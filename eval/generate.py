@@ -7,10 +7,12 @@ batches are written aside and renamed into place, the manifest comes last. Setti
 """
 
 import json
+import math
 import os
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -22,19 +24,23 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval.files import fingerprint, write_json
+from eval.files import fingerprint, make_folder, make_room, read_json, write_json
+from eval.manifest import read_manifest
 from eval.sampling import Sampler, SamplingSettings, base_unet_config, is_sdxl, load_pipeline
 from prompts import group_path, read_group
 from training.arguments import parse_words
 from training.compile import check_compiler, compile_blocks
 from training.errors import UserError, run_program
+from training.weights import lora_file
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+TRAINING_STEPS = 1000  # of SD1.5's and SDXL's schedulers
 IMAGE_DESCRIPTION = 0x010E  # the EXIF tag
 SETTINGS_FILE = "settings.json"
 NAMES = ("pretrained_model_name_or_path", "unet_path", "pretrained_vae_model_name_or_path")  # told, never compared
+BASE_PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # besides UNet and VAE
 
 
 @dataclass
@@ -105,17 +111,28 @@ class Group:
 
 
 def check(args: Arguments) -> None:
-    """Refuse what cannot work before anything loads."""
+    """Refuse what cannot work before anything loads, the defaults still being None."""
     for name in ("num_images_per_prompt", "limit", "num_inference_steps", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     if not args.prompts:
         raise UserError("--prompts names no prompt group")
+    stems = [group_path(name).stem for name in args.prompts]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise UserError(f"--prompts names two groups {stem}, whose images would share a folder: rename one, or "
+                            "generate them one at a time with an --output_dir each")
     for name in ("height", "width"):
-        if getattr(args, name) % 8:
-            raise UserError(f"--{name} {getattr(args, name)} is no multiple of 8")
-    if args.seed < 0:
-        raise UserError("--seed must not be negative")
+        side = getattr(args, name)
+        if side is not None and (side < 8 or side % 8):
+            raise UserError(f"--{name} {side} is no multiple of 8 above 0")
+    if args.num_inference_steps > TRAINING_STEPS:
+        raise UserError(f"--num_inference_steps {args.num_inference_steps} is more than the {TRAINING_STEPS} that the "
+                        "models were trained with")
+    if not math.isfinite(args.cfg):
+        raise UserError(f"--cfg {args.cfg} is no finite number")
+    if args.seed < 0 or args.seed + args.num_images_per_prompt > 2**63:
+        raise UserError("--seed must not be negative, nor a prompt's last seed above 2**63 - 1")
 
 
 def fill_defaults(args: Arguments, device: torch.device) -> None:
@@ -137,9 +154,35 @@ def fill_defaults(args: Arguments, device: torch.device) -> None:
         args.output_dir = str(unet if unet.is_dir() else unet.parent if unet.exists() else Path("output") / named)
 
 
-def identity(source: str) -> str:
-    """What a model name stands for: the content of a local file or folder, else the name itself."""
-    return f"sha256:{fingerprint(source)}" if Path(source).exists() else source
+def identity(source: str, files_of: Callable[[Path], list[Path]]) -> str:
+    """What a model name stands for: the content of a local file, or of the files that are loaded from a local folder
+    (images and manifests may lie there too), else the name itself."""
+    path = Path(source)
+    return f"sha256:{fingerprint(path, files_of(path) if path.is_dir() else None)}" if path.exists() else source
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What diffusers reads of a UNet's or VAE's folder."""
+    return [folder / "config.json", *folder.glob("diffusion_pytorch_model*")]
+
+
+def unet_files(folder: Path) -> list[Path]:
+    """What training.weights.load_unet reads of a folder."""
+    if lora := lora_file(folder):
+        return [lora]
+    if (folder / "unet").is_dir():
+        return model_files(folder / "unet")
+    return model_files(folder) if (folder / "config.json").is_file() else [folder / "unet.pth"]
+
+
+def vae_files(folder: Path) -> list[Path]:
+    return model_files(folder / "vae" if (folder / "vae").is_dir() else folder)
+
+
+def base_files(folder: Path) -> list[Path]:
+    """What eval.sampling.load_pipeline reads of a pipeline's folder."""
+    return [folder / "model_index.json", *model_files(folder / "unet"), *model_files(folder / "vae"),
+            *(file for part in BASE_PARTS for file in (folder / part).glob("*"))]
 
 
 def settings_record(args: Arguments, settings: SamplingSettings, device: torch.device) -> dict:
@@ -148,14 +191,14 @@ def settings_record(args: Arguments, settings: SamplingSettings, device: torch.d
     vae = args.pretrained_vae_model_name_or_path
     return {
         **{name: getattr(args, name) for name in NAMES},
-        "base_identity": identity(args.pretrained_model_name_or_path),
-        "unet_identity": identity(args.unet_path),
-        "vae_identity": identity(vae) if vae else "base",
+        "base_identity": identity(args.pretrained_model_name_or_path, base_files),
+        "unet_identity": identity(args.unet_path, unet_files),
+        "vae_identity": identity(vae, vae_files) if vae else "base",
         "seed": args.seed, "num_images_per_prompt": args.num_images_per_prompt, "negative_prompt": "",
         **asdict(settings), "latents_dtype": str(settings.latents_dtype).removeprefix("torch."),
         "guidance_scale_diffusers": settings.guidance_scale, "noise_dtype": dtype, "noise_device": device.type,
-        "unet_dtype": dtype, "text_encoder_dtype": dtype, "vae_dtype": "float32" if args.vae_dtype == "float32" else dtype, "vae_tiling": args.vae_tiling,
-        "compiled": args.compile,
+        "unet_dtype": dtype, "text_encoder_dtype": dtype, "vae_tiling": args.vae_tiling,
+        "vae_dtype": "float32" if args.vae_dtype == "float32" else dtype, "compiled": args.compile,
     }
 
 
@@ -177,10 +220,12 @@ def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
         shutil.rmtree(group.folder, ignore_errors=True)
         for path in (group.manifest, group.manifest.with_suffix(".zip")):
             path.unlink(missing_ok=True)
-    group.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(group.folder, "--output_dir")
     settings = group.folder / SETTINGS_FILE
     if settings.exists():
-        before = json.loads(settings.read_text())
+        before = read_json(settings)
+        if not isinstance(before, dict):
+            raise UserError(f"{settings} is damaged: choose another --output_dir, or --overwrite what is there")
         changed = [f"{key} was {before.get(key)}, now {record[key]}" for key in record
                    if key not in NAMES and before.get(key) != record[key]]
         if changed:
@@ -224,7 +269,7 @@ def write_image(image: Image.Image, prompt: str, path: Path) -> None:
 def read_prompt(path: Path) -> str | None:
     """The prompt that write_image put into a PNG."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             text = image.getexif().get(IMAGE_DESCRIPTION)
     except OSError:
         return None
@@ -279,12 +324,17 @@ def generate_group(group: Group, sampler: Sampler, args: Arguments, state: Parti
 
 
 def finish_group(group: Group, record: dict, args: Arguments) -> None:
-    """STEM.zip, then the manifest, last of all. A manifest that already covers more prompts is kept."""
+    """STEM.zip, then the manifest, last of all. A manifest that already covers these prompts and more is kept; a
+    damaged one is written anew."""
     entries = [{"prompt": job.prompt, "gen_image_path": f"{group.stem}/{job.filename}", "raw_image_path": "",
                 "metadata": {**record, "index": job.index, "k": job.k, "image_seed": args.seed + job.k}}
                for job in group.jobs]
-    kept = json.loads(group.manifest.read_text()) if group.manifest.exists() else []
-    if [entry["gen_image_path"] for entry in kept[:len(entries)]] == [entry["gen_image_path"] for entry in entries]:
+    try:
+        kept = read_manifest(group.manifest)
+    except UserError:  # none yet, or damaged
+        kept = []
+    if [(entry["prompt"], entry["gen_image_path"]) for entry in kept[:len(entries)]] == [
+            (entry["prompt"], entry["gen_image_path"]) for entry in entries]:
         return
     if not args.no_zip:
         archive = group.manifest.with_suffix(".zip")
@@ -309,8 +359,8 @@ def main(argv: list[str] | None = None) -> None:
     several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     state = PartialState(cpu=several_on_cpu, timeout=timedelta(hours=1))  # cpu: else each process would be on its own
     torch.backends.cudnn.deterministic = True
-    fill_defaults(args, state.device)
     check(args)
+    fill_defaults(args, state.device)
     if state.device.type == "cpu":
         state.print(f"no GPU here: generating on the CPU, UNet in {DTYPES[args.mixed_precision]}")
     unet_dtype = DTYPES[args.mixed_precision]
@@ -319,6 +369,8 @@ def main(argv: list[str] | None = None) -> None:
     record = settings_record(args, settings, state.device)
     groups = [plan_group(name, args) for name in args.prompts]
     if state.is_main_process:
+        if args.manifest_list:
+            make_room(args.manifest_list, "--manifest_list")
         for group in groups:
             if not args.overwrite and made_elsewhere(group):
                 print(f"{group.manifest} exists: its images are kept as they are")

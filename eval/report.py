@@ -23,6 +23,7 @@ from eval.files import write_bytes
 from eval.metrics import metric_class
 from training.arguments import parse_words
 from training.errors import UserError, run_program
+from training.images import FORMATS
 
 INLINE_PAIRS = 150
 THUMBNAIL = 384  # pixels; a phone's card shows about 180, a laptop's 300
@@ -39,7 +40,7 @@ class Arguments:
 def thumbnail(path: str) -> bytes | None:
     """A JPEG of at most THUMBNAIL pixels; None when the image has gone since it was scored."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image = image.convert("RGB")
     except OSError:
         return None
@@ -49,12 +50,18 @@ def thumbnail(path: str) -> bytes | None:
     return data.getvalue()
 
 
+def no_number(name: str):
+    raise ValueError(f"{name} is no number")
+
+
 def read_comparison(folder: Path) -> tuple[dict, dict[str, dict]]:
     """summary.json and the pair files by metric. Raises UserError when they are not there."""
+    def read(name: str) -> dict:
+        return json.loads((folder / name).read_text(encoding="utf-8"), parse_constant=no_number)
+
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        pair_files = {row["metric"]: json.loads((folder / f"pair_{row['metric']}.json").read_text(encoding="utf-8"))
-                      for row in summary["metrics"]}
+        summary = read("summary.json")
+        pair_files = {row["metric"]: read(f"pair_{row['metric']}.json") for row in summary["metrics"]}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} holds no whole comparison ({error}): eval.compare writes one") from None
     return summary, pair_files

@@ -11,6 +11,7 @@ scored before is not scored again.
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +24,14 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval.files import write_bytes, write_json
+from eval.files import make_room, read_json, write_bytes, write_json
 from eval.manifest import image_path, read_manifest
-from eval.metrics import (PUBLISHED, canonical_name, load_metric, metric_class, metric_settings, metric_version,
-                          read_config)
+from eval.metrics import (METRICS, PUBLISHED, canonical_name, load_metric, metric_class, metric_settings,
+                          metric_version, read_config)
 from eval.metrics.base import Metric, to_pixels
 from training.arguments import parse_words
 from training.errors import UserError, first_line, run_program
+from training.images import FORMATS
 
 LISTED_FAULTS = 10
 READ_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on broken files
@@ -80,7 +82,7 @@ class ScoredManifest:
     path: Path
     group: str
     images: list[ScoredImage]
-    versions: dict[str, str]  # metric -> version of its scores
+    versions: dict[str, str]  # metric asked for -> version of its scores
     kept: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # (sha256, prompt) -> kept scores
 
     @property
@@ -89,15 +91,44 @@ class ScoredManifest:
 
     def mean(self, metric: str) -> float | None:
         """Mean over the images that could be read; None when the metric failed on any."""
-        scores = [image.scores.get(metric) for image in self.images if not image.fault]
-        return None if None in scores or not scores else sum(scores) / len(scores)
+        return mean_score([image.scores for image in self.images if not image.fault], metric)
 
     def write(self) -> None:
-        metrics = {name: {"label": metric_class(name).label, "version": version, "mean": self.mean(name)}
-                   for name, version in self.versions.items() if self.mean(name) is not None}
+        """Put the scores into the file, beside those of other metrics and of other scorings that write there too; a
+        file that holds them all is left alone, as its folder may be read-only."""
+        versions, kept = read_scores(self.scores_path, self.versions)
         images = [{"prompt": image.prompt, "gen_image_path": image.gen_image_path, "sha256": image.sha256,
-                   "scores": image.scores} for image in self.images if image.sha256]
-        write_json(self.scores_path, {"manifest": self.path.name, "metrics": metrics, "images": images})
+                   "scores": kept.get((image.sha256, image.prompt), {}) | image.scores}
+                  for image in self.images if image.sha256]
+        means = {name: mean_score([image["scores"] for image in images], name) for name in versions}
+        metrics = {name: {"label": metric_class(name).label, "version": versions[name], "mean": mean}
+                   for name, mean in means.items() if mean is not None}
+        content = {"manifest": self.path.name, "metrics": metrics, "images": images}
+        if read_json(self.scores_path) != content:
+            write_json(self.scores_path, content)
+
+
+def mean_score(scores: list[dict[str, float]], metric: str) -> float | None:
+    """Mean of a metric over images; None when one lacks it, or there is none."""
+    found = [of.get(metric) for of in scores]
+    return None if None in found or not found else sum(found) / len(found)
+
+
+def read_scores(path: Path, asked: dict[str, str]) -> tuple[dict[str, str], dict[tuple[str, str], dict[str, float]]]:
+    """A scores file's metrics with their versions, those `asked` in the asked version, and by (sha256, prompt) its
+    scores of these versions. Unknown metrics and what is no finite number are left out; a file of another form counts
+    as empty."""
+    content = read_json(path)
+    try:
+        found = {name: of["version"] for name, of in content["metrics"].items() if name in METRICS} if content else {}
+        valid = {name for name, version in found.items() if asked.get(name, version) == version}
+        return found | asked, {
+            (image["sha256"], image["prompt"]): {
+                name: score for name, score in image["scores"].items()
+                if name in valid and isinstance(score, float) and math.isfinite(score)}
+            for image in (content["images"] if content else [])}
+    except (KeyError, TypeError, AttributeError):
+        return dict(asked), {}
 
 
 def group_name(manifest: Path) -> str:
@@ -116,22 +147,15 @@ def pick_device(device: str | None) -> str:
 
 
 def open_manifest(path: Path, versions: dict[str, str]) -> ScoredManifest:
-    """A manifest with its images, not yet read, and the versions of the scores it will hold: those asked for, and the
-    kept ones of other metrics."""
+    """A manifest with its images, not yet read, and the kept scores of these versions of the metrics asked for."""
     images = [ScoredImage(entry["prompt"], entry["gen_image_path"], image_path(path, entry))
               for entry in read_manifest(path)]
-    manifest = ScoredManifest(path, group_name(path), images, dict(versions))
-    try:
-        kept = json.loads(manifest.scores_path.read_text(encoding="utf-8"))
-        manifest.versions = {name: of["version"] for name, of in kept["metrics"].items()} | versions
-        valid = {name for name, of in kept["metrics"].items() if of["version"] == manifest.versions[name]}
-        manifest.kept = {(image["sha256"], image["prompt"]): {name: score for name, score in image["scores"].items()
-                                                              if name in valid} for image in kept["images"]}
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    manifest = ScoredManifest(path, group_name(path), images, versions)
+    _, kept = read_scores(manifest.scores_path, versions)
+    if not kept and manifest.scores_path.exists():
         print(f"{manifest.scores_path} is no scores file of ours: scoring anew")
-        manifest.versions = dict(versions)
+    manifest.kept = {key: {name: score for name, score in scores.items() if name in versions}
+                     for key, scores in kept.items()}
     return manifest
 
 
@@ -145,11 +169,11 @@ def read_image(image: ScoredImage, kept: dict, sides: dict[str, int], at_once: d
         image.scores = dict(kept.get((digest, image.prompt), {}))
         wanted = [name for name in (*sides, *at_once) if name not in image.scores]
         if wanted:
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
+            picture = Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
             image.pixels = {side: to_pixels(picture, side) for side in {sides[name] for name in wanted if name in sides}}
             for name in at_once.keys() & wanted:
                 try:
-                    image.scores[name] = float(at_once[name].score([picture], [image.prompt])[0])
+                    image.scores[name] = finite(at_once[name].score([picture], [image.prompt]).tolist(), [image])[0]
                 except UserError as error:
                     failures[name] = str(error)
         image.sha256 = digest
@@ -157,14 +181,23 @@ def read_image(image: ScoredImage, kept: dict, sides: dict[str, int], at_once: d
         image.fault = first_line(error)
 
 
+def finite(scores: list[float], images: list[ScoredImage]) -> list[float]:
+    """The scores. Raises UserError naming the first image whose score is NaN or infinite: nothing can be compared with
+    it."""
+    for image, score in zip(images, scores):
+        if not math.isfinite(score):
+            raise UserError(f"its score of {image.path} is {score}, no finite number: are its weights damaged?")
+    return scores
+
+
 def score_images(metric: Metric, images: list[ScoredImage], batch_size: int) -> None:
-    """Score images that read_image has prepared, in batches."""
+    """Score images that read_image has prepared, in batches. Raises UserError for a score that is no finite number."""
     with tqdm(total=len(images), desc=metric.label, unit=" images") as bar:
         for start in range(0, len(images), batch_size):
             batch = images[start:start + batch_size]
             pixels = torch.stack([image.pixels[metric.image_size] for image in batch])
             scores = metric.score_pixels(pixels, [image.prompt for image in batch])
-            for image, score in zip(batch, scores.tolist()):
+            for image, score in zip(batch, finite(scores.tolist(), batch)):
                 image.scores[metric.name] = score
             bar.update(len(batch))
 
@@ -270,6 +303,8 @@ def main(argv: list[str] | None = None) -> int:
     [args] = parse_words(HfArgumentParser(Arguments, description=__doc__), argv)
     if not args.manifests:
         raise UserError("--manifests names no generation manifest")
+    if args.log_file:
+        make_room(args.log_file, "--log_file")
     manifests, failures = score_manifests(args.manifests, args)
     results = results_text(manifests, args.metrics)
     print(f"\n{results}\n{summary_table(manifests, args.metrics)}", flush=True)

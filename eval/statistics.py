@@ -9,19 +9,22 @@ CHUNK = 250  # resamples at a time: 3,200 prompts x 250 indices are 6 MB
 
 def by_prompt(values: np.ndarray, prompts: list[str]) -> np.ndarray:
     """Sums (P,) of `values` (N,) over the P distinct prompts, the units that are independent of each other."""
-    _, unit = np.unique(np.asarray(prompts, dtype=object).astype(str), return_inverse=True)
-    return np.bincount(unit, weights=values)
+    places = {prompt: place for place, prompt in enumerate(sorted(set(prompts)))}  # numpy's text loses trailing NULs
+    return np.bincount([places[prompt] for prompt in prompts], weights=values)
 
 
 def win_rate_interval(winners: np.ndarray, prompts: list[str], count_ties: bool = True, seed: int = 0
-                      ) -> tuple[float, float]:
+                      ) -> tuple[float, float] | None:
     """95% percentile-bootstrap interval of A's win rate, resampling prompts.
 
     winners: (N,) of +1 where A wins, -1 where B wins, 0 for a tie; prompts: the N pairs' prompts. A tie counts one
-    half, or not at all with count_ties False. Swapping A and B mirrors the interval.
+    half, or not at all with count_ties False. Swapping A and B mirrors the interval. None for a single prompt, which
+    shows nothing of how prompts differ.
     """
     net = by_prompt(winners, prompts)  # the win rate is 1/2 + net / (2 * count)
     count = by_prompt(np.ones(len(winners)) if count_ties else np.abs(winners), prompts)
+    if len(net) < 2:
+        return None
     rng = np.random.default_rng(seed)
     shares = []
     for start in range(0, RESAMPLES, CHUNK):

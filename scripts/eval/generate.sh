@@ -9,6 +9,7 @@ groups=(papv2 hpsv2 partiprompts); reading=no
 for word in "$@"; do
   case "$word" in
     --prompts) groups=(); reading=yes ;;
+    --prompts=*) groups=("${word#--prompts=}"); reading=no ;;
     --*) reading=no ;;
     *) [ $reading = yes ] && groups+=("$word") ;;
   esac

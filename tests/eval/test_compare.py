@@ -1,11 +1,13 @@
 """A/B comparison: pairs, tables recomputed by hand, mirrored by swapping, and the files of the published form."""
 
 import json
+import re
 
 import pytest
 
 from eval import compare
-from eval.compare import pair_up
+from eval.compare import new_folder, pair_up
+from eval.report import write_report
 from training.errors import UserError
 
 PROMPTS = ["a red cat", "a dog", "a dog", "naïve 東京", "<b>bold</b>", "z last"]
@@ -108,6 +110,24 @@ def test_partial_overlap_is_told(make_manifest, metrics_config, tmp_path, capsys
     assert "4 images of A one and 1 of B/two have no partner" in capsys.readouterr().err
 
 
+def test_a_report_is_written_again_from_another_folder(manifests, metrics_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = [manifest.relative_to(tmp_path) for manifest in manifests]
+    _, folder, _ = run(*relative, metrics_config, tmp_path / "vs", "--metrics", "clip")
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 2 * len(PROMPTS)
+    monkeypatch.chdir(folder)
+    assert write_report(folder).read_text() == page
+
+
+def test_a_single_prompt_has_no_interval(make_manifest, metrics_config, tmp_path, capsys):
+    a, b = make_manifest("a", ["x"]), make_manifest("b", ["x"], seed=1)
+    _, folder, summary = run(a, b, metrics_config, tmp_path / "vs", "--metrics", "clip")
+    assert summary["metrics"][0]["win_rate_ci95"] is None
+    assert re.search(r"^\| CLIPScore .*%\s+\| - ", capsys.readouterr().out, re.MULTILINE)
+    assert '<span class="soft">-</span>' in (folder / "report.html").read_text()
+
+
 def test_missing_images(manifests, metrics_config, tmp_path):
     next(manifests[0].parent.glob("own*cfg/1_*.png")).unlink()
     with pytest.raises(UserError, match="--skip_missing"):
@@ -116,10 +136,25 @@ def test_missing_images(manifests, metrics_config, tmp_path):
     assert summary["pairing"]["left_out_for_missing_images"] == 1 and summary["metrics"][0]["total_pairs"] == 5
 
 
-@pytest.mark.parametrize("labels", [("same", "same"), ("tie", "B"), ("", "B")])
-def test_bad_labels(labels, manifests, metrics_config, tmp_path):
-    with pytest.raises(UserError, match="two different names"):
+@pytest.mark.parametrize("labels, told", [
+    (("same", "same"), "two different names"), (("tie", "B"), "two different names"), (("", "B"), "two different names"),
+    (("A", "\udcff"), "must be UTF-8"),
+])
+def test_bad_labels(labels, told, manifests, metrics_config, tmp_path):
+    with pytest.raises(UserError, match=told):
         run(*manifests, metrics_config, tmp_path / "vs", labels=labels)
+
+
+def test_long_labels_are_shortened_in_the_folders_name(tmp_path):
+    folder = new_folder(str(tmp_path), "東" * 300, "b" * 300)
+    assert folder.is_dir() and folder.name.startswith("東" * 26 + "_vs_" + "b" * 80 + "_")
+
+
+def test_an_outdir_that_is_a_file_is_told_before_scoring(manifests, metrics_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "score_manifests", lambda *_: pytest.fail("scored"))
+    (tmp_path / "vs").write_text("")
+    with pytest.raises(UserError, match="--outdir: the folder .*vs cannot be made"):
+        run(*manifests, metrics_config, tmp_path / "vs")
 
 
 def test_no_common_prompt(make_manifest, metrics_config, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
+from safetensors.torch import save_file
 
 from eval import generate
-from eval.generate import IMAGE_DESCRIPTION, read_prompt
+from eval.generate import IMAGE_DESCRIPTION, base_files, identity, read_prompt, unet_files, vae_files
 from training.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +93,7 @@ def test_a_cheaper_vae_and_compilation_are_told(tiny_sd15, sd15_run, prompt_file
 
 
 def test_manifest_names_files_and_settings(tiny_sd15, sd15_run, prompt_file):
-    listed = sd15_run.parent / "listed"
+    listed = sd15_run.parent / "lists" / "listed"
     generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--manifest_list", listed))
     folder = sd15_run.parent / STEM
     entries = json.loads((sd15_run.parent / f"{STEM}.json").read_text())
@@ -151,6 +153,74 @@ def test_changed_settings_are_never_mixed(tiny_sd15, sd15_run, prompt_file):
     prompt_file.write_text(json.dumps(["another prompt", *PROMPTS[1:]]))
     with pytest.raises(UserError, match="made for the prompt 'a red cat'"):
         generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "unet", "checkpoint", "lora"])
+def test_a_models_folder_may_hold_its_images(kind, tiny_sd15, sd15_run, tmp_path):
+    """The identities cover what is loaded, not the settings, manifests and scores that a run leaves beside it."""
+    folder = sd15_run.parent if kind == "checkpoint" else tmp_path / "model"
+    if kind == "lora":
+        folder.mkdir()
+        save_file({"unet.x.lora_A.weight": torch.zeros(1)}, folder / "pytorch_lora_weights.safetensors")
+    elif kind != "checkpoint":
+        shutil.copytree(tiny_sd15 if kind == "pipeline" else tiny_sd15 / "unet", folder)
+    base = folder if kind == "pipeline" else tiny_sd15
+
+    def identities() -> tuple[str, ...]:
+        return identity(str(base), base_files), identity(str(folder), unet_files), identity(str(base), vae_files)
+
+    before = identities()
+    assert all(told.startswith("sha256:") for told in before)
+    (folder / STEM).mkdir()
+    for name in (f"{STEM}/settings.json", f"{STEM}.json", f"{STEM}_scores.json"):
+        (folder / name).write_text("[]")
+    assert identities() == before
+    weights, = (folder / "unet" if kind == "pipeline" else folder).glob(
+        {"checkpoint": "unet.pth", "lora": "pytorch_lora*"}.get(kind, "diffusion_pytorch_model.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert identities()[1] != before[1]
+
+
+def test_a_diffusers_folder_is_generated_from_twice(tiny_sd15, prompt_file, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_sd15, tmp_path / "model")
+    generate.main(arguments(folder, folder, prompt_file, "--limit", 1))
+    monkeypatch.setattr(generate, "load_pipeline", lambda *_: pytest.fail("nothing is left to generate"))
+    generate.main(arguments(folder, folder, prompt_file, "--limit", 1))
+    assert (folder / f"{STEM}.json").exists()
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--height", 0], "--height 0 is no multiple of 8 above 0"), (["--width", -64], "--width -64 is no multiple"),
+    (["--batch_size", 0], "--batch_size must be at least 1"), (["--seed", 2**63], "--seed must not be negative, nor"),
+    (["--seed", 2**63 - 1, "--num_images_per_prompt", 2], "a prompt's last seed above"),
+    (["--cfg", "nan"], "--cfg nan is no finite number"), (["--cfg", "inf"], "--cfg inf is no"),
+    (["--num_inference_steps", 1001], "more than the 1000"),
+])
+def test_values_that_no_sampler_takes(flags, told, tiny_sd15, sd15_run, prompt_file):
+    with pytest.raises(UserError, match=told):
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file, *flags))
+    assert [path.name for path in sd15_run.parent.iterdir()] == ["unet.pth"]
+
+
+def test_two_groups_of_one_name_are_refused(tiny_sd15, sd15_run, prompt_file):
+    other = prompt_file.parent / "other" / prompt_file.name
+    other.parent.mkdir()
+    other.write_text('["another prompt"]')
+    with pytest.raises(UserError, match="names two groups own"):
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--prompts", prompt_file, other))
+    assert not (sd15_run.parent / STEM).exists()
+
+
+def test_a_manifest_of_other_prompts_or_a_damaged_one_is_written_anew(tiny_sd15, sd15_run, prompt_file):
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 2))
+    manifest = sd15_run.parent / f"{STEM}.json"
+    right = manifest.read_text()
+    for wrong in (right.replace(PROMPTS[0], "another prompt"), right[:40], "{}", "[]"):
+        manifest.write_text(wrong)
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 2))
+        assert manifest.read_text() == right
 
 
 def test_a_manifest_of_the_published_program_is_kept(tiny_sd15, sd15_run, prompt_file, capsys):
@@ -250,6 +320,9 @@ class Evil:
     ("no pipeline", "no diffusers pipeline at"),
     ("sdxl", "is no SDXL pipeline"),
     ("no steps", "num_inference_steps must be at least 1"),
+    ("output is a file", "--output_dir: the folder .* cannot be made"),
+    ("list is a folder", "--manifest_list: .* is a folder"),
+    ("damaged settings", "settings.json is damaged"),
 ])
 def test_bad_input_is_told_in_one_line(fault, told, tiny_sd15, tiny_sdxl, sd15_run, prompt_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -270,6 +343,13 @@ def test_bad_input_is_told_in_one_line(fault, told, tiny_sd15, tiny_sdxl, sd15_r
         more = ["--sdxl"]
     elif fault == "no steps":
         more = ["--num_inference_steps", 0]
+    elif fault == "output is a file":
+        more = ["--output_dir", prompt_file]
+    elif fault == "list is a folder":
+        more = ["--manifest_list", tmp_path]
+    elif fault == "damaged settings":
+        (sd15_run.parent / STEM).mkdir()
+        (sd15_run.parent / STEM / "settings.json").write_text('{"seed"')
     with pytest.raises(UserError, match=told) as error:
         generate.main(arguments(unet, base, prompt_file, *more))
     assert "\n" not in str(error.value)

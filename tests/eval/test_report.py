@@ -159,3 +159,7 @@ def test_small_reports_are_one_file_and_large_ones_lie_beside_their_images(tmp_p
     assert "data:image/jpeg" not in (folder / "report.html").read_text()
     with pytest.raises(UserError, match="holds no whole comparison"):
         write_report(tmp_path)
+    pairs = folder / "pair_clip.json"
+    pairs.write_text(re.sub(r'"score_a": [^,]+', '"score_a": NaN', pairs.read_text(), count=1))
+    with pytest.raises(UserError, match="NaN is no number"):  # a page with it would show nothing
+        write_report(folder)

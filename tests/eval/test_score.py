@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from eval import score
@@ -25,7 +26,8 @@ def kept(manifest: Path) -> dict:
 
 def test_scores_lines_and_tables(make_manifest, metrics_config, capsys, tmp_path):
     manifest = make_manifest("a", PROMPTS)
-    assert run([manifest], metrics_config, "--log_file", tmp_path / "joint_test_64.log", "--batch_size", 2) == 0
+    log_file = tmp_path / "logs" / "joint_test_64.log"
+    assert run([manifest], metrics_config, "--log_file", log_file, "--batch_size", 2) == 0
     content = kept(manifest)
     images = [Image.open(manifest.parent / image["gen_image_path"]) for image in content["images"]]
     for name, label in (("pickscore", "PickScore"), ("hpsv2", "HPSv2"), ("aesthetics", "AesScore"),
@@ -35,7 +37,7 @@ def test_scores_lines_and_tables(make_manifest, metrics_config, capsys, tmp_path
         assert got == pytest.approx(expected.tolist(), abs=1e-5)
         mean = sum(got) / len(got)
         assert content["metrics"][name]["mean"] == pytest.approx(mean)
-        log = (tmp_path / "joint_test_64.log").read_text()
+        log = log_file.read_text()
         assert f"FinalResults {label} for own : {mean:.4f}\n" in log
         assert re.search(rf"^\| own +\| {label} +\| {re.escape(f'{mean:.4f}')} +\|$", log, re.MULTILINE)
     assert re.search(r"^\| Prompt +\| Predictor +\| Score +\|$", log, re.MULTILINE)
@@ -45,7 +47,7 @@ def test_scores_lines_and_tables(make_manifest, metrics_config, capsys, tmp_path
 def test_each_image_is_read_once_and_scored_once(make_manifest, metrics_config, monkeypatch):
     manifest, reads, loads = make_manifest("a", PROMPTS), [], []
     opened, load = Image.open, score.load_metric
-    monkeypatch.setattr(score.Image, "open", lambda *a: reads.append(a) or opened(*a))
+    monkeypatch.setattr(score.Image, "open", lambda *a, **k: reads.append(a) or opened(*a, **k))
     monkeypatch.setattr(score, "load_metric", lambda *a: loads.append(a[0]) or load(*a))
     run([manifest], metrics_config, "--metrics", "clip", "pickscore")
     assert len(reads) == len(PROMPTS) and loads == ["clip", "pickscore"]
@@ -75,6 +77,42 @@ def test_kept_scores_follow_image_content_and_metric_version(make_manifest, metr
     assert run([manifest], metrics_config, "--metrics", "aesthetics") == 0
 
 
+def test_kept_scores_that_are_no_numbers_or_of_unknown_metrics_are_not_used(make_manifest, metrics_config, monkeypatch):
+    manifest = make_manifest("a", PROMPTS)
+    run([manifest], metrics_config, "--metrics", "aesthetics")
+    right, scored = kept(manifest), []
+    wrong = json.loads(json.dumps(right))
+    wrong["metrics"]["beauty"] = wrong["metrics"]["aesthetics"]
+    for image, fault in zip(wrong["images"], ["5.5", float("nan"), None, 10**400]):
+        image["scores"] = {"aesthetics": fault, "beauty": 1.0}
+    manifest.with_name(f"{manifest.stem}_scores.json").write_text(json.dumps(wrong))
+    monkeypatch.setattr(score, "score_images", lambda metric, images, size, of=score.score_images:
+                        scored.append(len(images)) or of(metric, images, size))
+    assert run([manifest], metrics_config, "--metrics", "aesthetics") == 0
+    assert kept(manifest) == right and scored == [4]
+
+
+def test_scorings_at_one_time_keep_each_others_scores(make_manifest, metrics_config, monkeypatch):
+    manifest = make_manifest("a", PROMPTS)
+
+    def meanwhile(metric, images, size, of=score.score_images):
+        monkeypatch.setattr(score, "score_images", of)
+        assert run([manifest], metrics_config, "--metrics", "pickscore") == 0
+        of(metric, images, size)
+
+    monkeypatch.setattr(score, "score_images", meanwhile)
+    assert run([manifest], metrics_config, "--metrics", "clip") == 0
+    assert set(kept(manifest)["metrics"]) == {"clip", "pickscore"}
+    assert all(image["scores"].keys() == {"clip", "pickscore"} for image in kept(manifest)["images"])
+
+
+def test_nothing_is_written_where_nothing_is_new(make_manifest, metrics_config, monkeypatch):
+    manifest = make_manifest("a", PROMPTS)
+    run([manifest], metrics_config, "--metrics", "aesthetics", "clip")
+    monkeypatch.setattr(score, "write_json", lambda *_: pytest.fail("written: the folder may be read-only"))
+    assert run([manifest], metrics_config, "--metrics", "clip") == 0
+
+
 def test_a_metric_without_weights_fails_alone(make_manifest, metrics_config, tmp_path, capsys):
     config = tmp_path / "metrics.yaml"
     folder = metrics_config.parent
@@ -87,6 +125,17 @@ def test_a_metric_without_weights_fails_alone(make_manifest, metrics_config, tmp
     assert "error: pickscore was not scored" in captured.err and "failed" in captured.out
     assert "FinalResults CLIPScore" in captured.out and "FinalResults PickScore" not in captured.out
     assert set(kept(manifest)["metrics"]) == {"aesthetics", "clip"}
+
+
+@pytest.mark.parametrize("metric, of", [
+    ("clip", "eval.metrics.clip.CLIPScore._score"), ("oracle", "eval.metrics.oracle.Oracle.score")])
+def test_a_score_that_is_no_number_fails_its_metric(metric, of, make_manifest, metrics_config, monkeypatch, capsys):
+    manifest = make_manifest("a", PROMPTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(of, lambda self, images, prompts: torch.full((len(prompts),), float("nan")))
+        assert run([manifest], metrics_config, "--metrics", metric, "aesthetics") == 1
+    assert f"error: {metric} was not scored" in (told := capsys.readouterr().err) and "is nan, no finite number" in told
+    assert set(kept(manifest)["metrics"]) == {"aesthetics"}
 
 
 def test_oracle_stands_beside_the_others(make_manifest, metrics_config, capsys):
@@ -116,6 +165,15 @@ def test_missing_and_unreadable_images_are_listed_and_counted(make_manifest, met
         run([manifest], metrics_config, "--skip_missing")
 
 
+def test_formats_that_run_other_programs_are_not_opened(make_manifest, metrics_config, monkeypatch):
+    manifest = make_manifest("a", PROMPTS[:1])
+    image = next(manifest.parent.glob("own*cfg/*.png"))
+    Image.new("RGB", (64, 64)).save(image, "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was run"))
+    with pytest.raises(UserError, match="1 of 1 images are missing or unreadable"):
+        run([manifest], metrics_config, "--metrics", "aesthetics")
+
+
 @pytest.mark.parametrize("content, told", [
     (None, "no manifest at"), ("[]", "lists no image"), ("{", "no JSON manifest"), ("{}", "must be a JSON list"),
     ('[{"prompt": "x"}]', "entry 1 has no gen_image_path"), ('["x"]', "entry 1 has no prompt"),
@@ -136,6 +194,14 @@ def test_bad_options(more, told, make_manifest, metrics_config, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=told):
         run([make_manifest("a", PROMPTS)], metrics_config, *more)
+
+
+@pytest.mark.parametrize("log_file, told", [("m.json/x.log", "cannot be made"), (".", "is a folder")])
+def test_a_log_that_cannot_be_is_told_before_scoring(log_file, told, metrics_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "score_manifests", lambda *_: pytest.fail("scored"))
+    (tmp_path / "m.json").write_text("[]")
+    with pytest.raises(UserError, match=f"--log_file: .*{told}"):
+        run([tmp_path / "m.json"], metrics_config, "--log_file", tmp_path / log_file)
 
 
 def test_relative_paths_are_taken_from_the_manifest_then_from_the_working_directory(make_manifest, metrics_config,

@@ -75,16 +75,35 @@ def test_spo_settings(tiny_sd15, prompt_file, tmp_path):
     assert "usage" in script("generate_spo.sh", folder=tmp_path, expect=2).stderr
 
 
-def test_a_missing_group_is_built_or_told(tmp_path):
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """The project without the published prompt groups."""
     root = tmp_path / "project"
     (root / "scripts").mkdir(parents=True)
     shutil.copytree(SCRIPTS, root / "scripts" / "eval")
     shutil.copy(SCRIPTS.parent / "common.sh", root / "scripts")
     for name in ("prompts", "training", "eval"):
         shutil.copytree(SCRIPTS.parents[1] / name, root / name,
-                        ignore=shutil.ignore_patterns("papv2.json", "__pycache__"))
-    result = subprocess.run(["bash", str(root / "scripts/eval/generate.sh"), "--unet_path", "x", "--prompts", "papv2"],
-                            capture_output=True, text=True, timeout=120,
+                        ignore=shutil.ignore_patterns("papv2.json", "hpsv2.json", "partiprompts.json", "__pycache__"))
+    return root
+
+
+def test_a_missing_group_is_built_or_told(project):
+    command = ["bash", str(project / "scripts/eval/generate.sh"), "--unet_path", "x", "--prompts", "papv2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120,
                             env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHON": sys.executable})
     assert result.returncode == 1
     assert "prompts/papv2.json is missing: building it" in result.stdout and "--source" in result.stderr
+
+
+@pytest.mark.parametrize("words, built", [
+    (["--prompts=own"], []), (["--prompts=papv2", "--limit", "2"], ["papv2"]),
+    (["--prompts", "own", "hpsv2"], ["hpsv2"]), ([], ["papv2", "hpsv2", "partiprompts"]),
+])
+def test_only_the_groups_asked_for_are_built(words, built, project, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    told = subprocess.run(["bash", str(project / "scripts/eval/generate.sh"), "--unet_path", "x", *words], text=True,
+                          capture_output=True, timeout=60, env=os.environ | {"PYTHON": str(python)}).stdout
+    assert [line.split()[-1] for line in told.splitlines() if "-m prompts.build" in line] == built

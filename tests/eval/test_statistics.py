@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from eval.statistics import holm, sign_test, win_rate_interval
+from eval.statistics import by_prompt, holm, sign_test, win_rate_interval
 
 
 def test_interval_matches_the_binomial_one():
@@ -27,6 +27,14 @@ def test_repeated_prompts_are_one_unit():
     alone = win_rate_interval(np.repeat(winners, 4), [str(index) for index in range(400)])
     clustered = win_rate_interval(np.repeat(winners, 4), [str(index // 4) for index in range(400)])
     assert clustered[1] - clustered[0] == pytest.approx(2 * (alone[1] - alone[0]), rel=0.1)  # sqrt(4) times as wide
+
+
+def test_one_prompt_has_no_interval():
+    assert win_rate_interval(np.array([1.0, 1.0, -1.0]), ["a", "a", "a"]) is None
+
+
+def test_prompts_that_differ_in_a_trailing_null_are_two():
+    assert by_prompt(np.array([1.0, -1.0, 1.0]), ["b", "b\0", "a"]).tolist() == [1.0, 1.0, -1.0]
 
 
 def test_ties_count_one_half_or_not_at_all():
