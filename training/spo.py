@@ -2,7 +2,7 @@
 
 A round samples spo_sample_batch_size prompts a device, gathers the kept pairs, deals them out evenly and takes the
 optimizer steps they are enough for. train.py hands over to train() with --train_method spo. What is random follows from
-(seed, epoch, prompt), so the number of devices changes nothing but rounding, and resuming needs a round's number alone.
+(seed, epoch, prompt), so the number of devices changes nothing but rounding, and resuming needs a position alone.
 """
 
 import math
@@ -42,10 +42,12 @@ from training.validation import validate
 
 @dataclass
 class Progress:
-    """Where a run stands; accelerate keeps it in every checkpoint. `round` is the epoch's next one; the others count
-    the epoch's comparisons, kept pairs, pairs learned from, and its largest difference of probabilities in a pool."""
+    """Where a run stands; accelerate keeps it in every checkpoint. `prompts` and `round` count the prompts and rounds
+    that the epoch has had: a round's size may change when a run is resumed. The others count the epoch's comparisons,
+    kept pairs, pairs learned from, and its largest difference of probabilities in a pool."""
 
     epoch: int = 0
+    prompts: int = 0
     round: int = 0
     step: int = 0
     compared: int = 0
@@ -97,6 +99,8 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
     checkpoint = find_checkpoint(args, accelerator)
     if checkpoint:
         load_checkpoint(accelerator, lr_scheduler, checkpoint, args)
+        if progress.prompts >= len(prompts):  # fewer prompts than the checkpoint had, all of them done
+            progress.next_epoch()
     saved = validated = progress.step
     round_size = world * args.spo_sample_batch_size
     rounds = math.ceil(len(prompts) / round_size)
@@ -118,9 +122,9 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
     bar = tqdm(initial=progress.step, total=args.max_train_steps or None, unit="step", dynamic_ncols=True,
                disable=not accelerator.is_local_main_process)
     while not finished():
-        bar.set_description(f"spo epoch {progress.epoch + 1} round {progress.round + 1}/{rounds}")
+        bar.set_description(f"spo epoch {progress.epoch + 1} prompt {progress.prompts + 1}/{len(prompts)}")
         order = epoch_order(len(prompts), args.seed, progress.epoch, shuffle=True)
-        chosen = order[progress.round * round_size:(progress.round + 1) * round_size]
+        chosen = order[progress.prompts:progress.prompts + round_size]
         conditioning = condition_on_prompts(models, args, [prompts[i] for i in chosen], device)
         pairs, comparisons = sample_pairs(unwrapped, models, judge, scheduler, conditioning, prompts, chosen, progress,
                                           args, accelerator)
@@ -156,7 +160,8 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
                             kept=f"{round_logs['spo/kept_share']:.2g}")
 
         progress.round += 1
-        if progress.round == rounds:
+        progress.prompts += len(chosen)
+        if progress.prompts >= len(prompts):
             if progress.learned == 0:
                 if main_process:
                     warn(no_pairs_message(args, progress, world))
@@ -251,7 +256,7 @@ def deal_out(pairs: Pairs, seed: int, progress: Progress, accelerator: Accelerat
     """Gather every device's pairs, shuffle them with one permutation and give each device the same number.
 
     Every process must call this. Pairs beyond a multiple of the number of devices are dropped; with fewer pairs than
-    devices all get none.
+    devices all get none. The permutation follows from the seed, the epoch and how many rounds of it were before.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     counts = accelerator.gather(torch.tensor([len(pairs)], device=accelerator.device))

@@ -15,6 +15,7 @@ from spm.model import StepAwarePreferenceModel
 from training.arguments import TrainArguments, parse_arguments
 from training.errors import UserError
 from training.launch import start_accelerator
+from training.logs import read_metrics
 from training.resampler import Pairs
 from training.signals import StopSignal
 from training.spo import Progress, deal_out
@@ -140,6 +141,20 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(judge, tiny_sd15, tmp_
     assert re.search("resuming .*checkpoint-6, after step 6", capsys.readouterr().out)
     a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (whole, cut))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_changed_resume_goes_on_from_the_prompt_where_the_run_stood(judge, tiny_sd15, tmp_path):
+    """Two rounds of 2 of the 9 prompts, then rounds of 4; then 3 prompts, fewer than the epoch has had."""
+    output = tmp_path / "out"
+    common = dict(train_batch_size=64, spo_threshold=0, spo_num_steps=6, spo_k=2, report_to="none",
+                  allow_changed_resume=True)
+    train_here(flags(judge, tiny_sd15, output, max_train_steps=2, **common))
+    train_here(flags(judge, tiny_sd15, output, max_train_steps=5, spo_sample_batch_size=4, **common))
+    assert [(line["spo/epoch"], line["spo/pairs"]) for line in read_metrics(output / "metrics.jsonl")] == [
+        (1, 4), (1, 4), (1, 8), (1, 2), (2, 8)]
+    train_here(flags(judge, tiny_sd15, output, max_train_steps=6, max_train_samples=3, **common))
+    last = read_metrics(output / "metrics.jsonl")[-1]
+    assert (last["spo/epoch"], last["spo/pairs"]) == (3, 4)
 
 
 def test_gradients_are_clipped(judge, tiny_sd15, tmp_path):
