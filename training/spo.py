@@ -5,6 +5,8 @@ optimizer steps they are enough for. train.py hands over to train() with --train
 (seed, epoch, prompt), so the number of devices changes nothing but rounding, and resuming needs a position alone.
 """
 
+import hashlib
+import json
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -21,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from losses.spo import clipped_ratio, ddim_gaussian, gaussian_log_prob, spo_loss
 from spm.model import StepAwarePreferenceModel, load_spm, load_spm_tokenizer
 from training.arguments import TrainArguments, warn
-from training.checkpoints import (find_checkpoint, load_checkpoint, register_hooks, save_checkpoint, save_result,
-                                  write_run_file)
+from training.checkpoints import (find_checkpoint, load_checkpoint, read_progress, register_hooks, save_checkpoint,
+                                  save_result, write_run_file)
 from training.data import tokenize
 from training.draws import epoch_order, seeded_generator
 from training.errors import UserError
@@ -98,6 +100,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
     register_hooks(accelerator, lora=args.lora_rank > 0)
     checkpoint = find_checkpoint(args, accelerator)
     if checkpoint:
+        check_record(read_progress(checkpoint)["record"], digest_of(prompts), args)
         load_checkpoint(accelerator, lr_scheduler, checkpoint, args)
         if progress.prompts >= len(prompts):  # fewer prompts than the checkpoint had, all of them done
             progress.next_epoch()
@@ -110,6 +113,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
         if checkpoint:
             print(f"  resuming   {checkpoint}, after step {progress.step}", flush=True)
     metrics = MetricsFile(args.output_dir, progress.step)
+    record = {"prompts": digest_of(prompts)}
 
     def finished() -> bool:
         if args.max_train_steps:
@@ -170,7 +174,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
         stopped = accelerator.gather(torch.tensor([stop.name is not None], device=device)).any()
         due = args.checkpointing_steps and progress.step // args.checkpointing_steps > saved // args.checkpointing_steps
         if (stopped or due) and not finished():
-            checkpoint = save_checkpoint(accelerator, policy, lr_scheduler, progress.step, args)
+            checkpoint = save_checkpoint(accelerator, policy, lr_scheduler, progress.step, args, record=record)
             saved = progress.step
             if stopped:
                 accelerator.end_training()
@@ -189,7 +193,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
     # 6. The result: a last checkpoint, unet.pth, the LoRA weights and a pipeline that diffusers opens.
     if progress.step > 0:
         if saved < progress.step:
-            save_checkpoint(accelerator, policy, lr_scheduler, progress.step, args)
+            save_checkpoint(accelerator, policy, lr_scheduler, progress.step, args, record=record)
         save_result(accelerator, policy, args)
     accelerator.end_training()
     if main_process:
@@ -199,6 +203,19 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
         print(f"Done: {Path(args.output_dir, 'unet.pth')} and a diffusers pipeline in {args.output_dir}", flush=True)
         if args.push_to_hub:
             print(f"Published at {push(args)}", flush=True)
+
+
+def digest_of(prompts: list[str]) -> str:
+    """Identity of the prompts and of their order, which their draws follow from."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+
+
+def check_record(record: dict, prompts: str, args) -> None:
+    """record: what the checkpoint to resume keeps of its run; prompts: this run's digest_of(). Raises UserError."""
+    if record.get("prompts") != prompts and not args.allow_changed_resume:
+        raise UserError(f"the prompts of {args.spo_prompts or args.data_source} are not those that the checkpoint was made "
+                        "with, or not in their order: go back to those, choose another --output_dir, or add "
+                        "--allow_changed_resume")
 
 
 # --- sampling ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from training.launch import start_accelerator
 from training.logs import read_metrics
 from training.resampler import Pairs
 from training.signals import StopSignal
-from training.spo import Progress, deal_out
+from training.spo import Progress, check_record, deal_out, digest_of
 from training.spo import train as train_spo
 from training.spo_arguments import SPOArguments, load_prompts
 
@@ -143,12 +144,28 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(judge, tiny_sd15, tmp_
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_other_prompts_are_no_continuation():
+    args = SimpleNamespace(spo_prompts="prompts.txt", data_source=None, allow_changed_resume=False)
+    record = {"prompts": digest_of(PROMPTS)}
+    check_record(record, digest_of(list(PROMPTS)), args)
+    for changed in (PROMPTS[::-1], PROMPTS[1:], ["".join(PROMPTS)], []):
+        with pytest.raises(UserError, match="the prompts of prompts.txt are not those .* --allow_changed_resume"):
+            check_record(record, digest_of(changed), args)
+    args.allow_changed_resume = True
+    check_record(record, digest_of(PROMPTS[::-1]), args)
+
+
 def test_changed_resume_goes_on_from_the_prompt_where_the_run_stood(judge, tiny_sd15, tmp_path):
     """Two rounds of 2 of the 9 prompts, then rounds of 4; then 3 prompts, fewer than the epoch has had."""
-    output = tmp_path / "out"
+    output, prompts = tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
     common = dict(train_batch_size=64, spo_threshold=0, spo_num_steps=6, spo_k=2, report_to="none",
-                  allow_changed_resume=True)
+                  spo_prompts=prompts)
     train_here(flags(judge, tiny_sd15, output, max_train_steps=2, **common))
+    prompts.write_text("\n".join(PROMPTS[::-1]))
+    with pytest.raises(UserError, match="are not those that the checkpoint was made with"):
+        train_here(flags(judge, tiny_sd15, output, max_train_steps=3, **common))
+    common["allow_changed_resume"] = True
     train_here(flags(judge, tiny_sd15, output, max_train_steps=5, spo_sample_batch_size=4, **common))
     assert [(line["spo/epoch"], line["spo/pairs"]) for line in read_metrics(output / "metrics.jsonl")] == [
         (1, 4), (1, 4), (1, 8), (1, 2), (2, 8)]
