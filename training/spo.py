@@ -100,7 +100,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
     register_hooks(accelerator, lora=args.lora_rank > 0)
     checkpoint = find_checkpoint(args, accelerator)
     if checkpoint:
-        check_record(read_progress(checkpoint)["record"], digest_of(prompts), args)
+        check_record(read_progress(checkpoint), digest_of(prompts), args)
         load_checkpoint(accelerator, lr_scheduler, checkpoint, args)
         if progress.prompts >= len(prompts):  # fewer prompts than the checkpoint had, all of them done
             progress.next_epoch()
@@ -113,7 +113,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
         if checkpoint:
             print(f"  resuming   {checkpoint}, after step {progress.step}", flush=True)
     metrics = MetricsFile(args.output_dir, progress.step)
-    record = {"prompts": digest_of(prompts)}
+    record = {"prompts": digest_of(prompts), "cut": False}
 
     def finished() -> bool:
         if args.max_train_steps:
@@ -140,6 +140,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
 
         for start in range(0, len(pairs), group_size):
             if args.max_train_steps and progress.step >= args.max_train_steps:
+                record["cut"] = True
                 break
             logs = learn_from(pairs[start:start + group_size], policy, unwrapped, models, conditioning, scheduler,
                               args, accelerator)
@@ -210,12 +211,20 @@ def digest_of(prompts: list[str]) -> str:
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
 
 
-def check_record(record: dict, prompts: str, args) -> None:
-    """record: what the checkpoint to resume keeps of its run; prompts: this run's digest_of(). Raises UserError."""
-    if record.get("prompts") != prompts and not args.allow_changed_resume:
+def check_record(checkpoint: dict, prompts: str, args) -> None:
+    """Refuse to go on from a checkpoint, given by its progress.json, where that is not the run it belongs to; prompts:
+    this run's digest_of(). Raises UserError."""
+    step, record = checkpoint["step"], checkpoint["record"]
+    if args.allow_changed_resume:
+        return
+    if record.get("prompts") != prompts:
         raise UserError(f"the prompts of {args.spo_prompts or args.data_source} are not those that the checkpoint was made "
                         "with, or not in their order: go back to those, choose another --output_dir, or add "
                         "--allow_changed_resume")
+    if record.get("cut") and not 0 < args.max_train_steps <= step:
+        raise UserError(f"--max_train_steps ended the run at step {step} in the middle of a round, and the round's other "
+                        "pairs are gone: name an earlier checkpoint with --resume_from_checkpoint, or add "
+                        "--allow_changed_resume to go on with the next round")
 
 
 # --- sampling ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPModel
 from shapes.pipeline import clip_tokenizer, text_config
 from spm.model import StepAwarePreferenceModel
 from training.arguments import TrainArguments, parse_arguments
+from training.checkpoints import read_progress
 from training.errors import UserError
 from training.launch import start_accelerator
 from training.logs import read_metrics
@@ -109,6 +110,7 @@ def test_whole_unet_trains_against_a_frozen_copy(judge, tiny_sd15, tmp_path):
     train_here(flags(judge, tiny_sd15, output, max_train_steps=1, lora_rank=0, spo_num_steps=6))
     assert scalars(output)["train_loss"][0] == torch.tensor(2.0).log().item()
     assert not (output / "pytorch_lora_weights.safetensors").exists()
+    assert read_progress(output / "checkpoint-1")["record"]["cut"]  # a round has more than 4 pairs
     trained = torch.load(output / "unet.pth", weights_only=True)
     assert not torch.equal(trained["conv_in.weight"],
                            load_file(tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"])
@@ -142,17 +144,30 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(judge, tiny_sd15, tmp_
     assert re.search("resuming .*checkpoint-6, after step 6", capsys.readouterr().out)
     a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (whole, cut))
     assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not read_progress(cut / "checkpoint-6")["record"]["cut"]
 
 
 def test_other_prompts_are_no_continuation():
-    args = SimpleNamespace(spo_prompts="prompts.txt", data_source=None, allow_changed_resume=False)
-    record = {"prompts": digest_of(PROMPTS)}
-    check_record(record, digest_of(list(PROMPTS)), args)
+    args = SimpleNamespace(spo_prompts="prompts.txt", data_source=None, max_train_steps=7, allow_changed_resume=False)
+    checkpoint = {"step": 6, "record": {"prompts": digest_of(PROMPTS), "cut": False}}
+    check_record(checkpoint, digest_of(list(PROMPTS)), args)
     for changed in (PROMPTS[::-1], PROMPTS[1:], ["".join(PROMPTS)], []):
         with pytest.raises(UserError, match="the prompts of prompts.txt are not those .* --allow_changed_resume"):
-            check_record(record, digest_of(changed), args)
+            check_record(checkpoint, digest_of(changed), args)
     args.allow_changed_resume = True
-    check_record(record, digest_of(PROMPTS[::-1]), args)
+    check_record(checkpoint, digest_of(PROMPTS[::-1]), args)
+
+
+def test_run_cut_in_mid_round_can_end_again_but_not_go_on():
+    checkpoint = {"step": 6, "record": {"prompts": digest_of(PROMPTS), "cut": True}}
+    for steps in (0, 7):
+        args = SimpleNamespace(max_train_steps=steps, allow_changed_resume=False)
+        with pytest.raises(UserError, match="step 6 in the middle of a round.* --resume_from_checkpoint"):
+            check_record(checkpoint, digest_of(PROMPTS), args)
+        args.allow_changed_resume = True
+        check_record(checkpoint, digest_of(PROMPTS), args)
+    for steps in (5, 6):
+        check_record(checkpoint, digest_of(PROMPTS), SimpleNamespace(max_train_steps=steps, allow_changed_resume=False))
 
 
 def test_changed_resume_goes_on_from_the_prompt_where_the_run_stood(judge, tiny_sd15, tmp_path):
