@@ -309,7 +309,7 @@ def learn_from(group: Pairs, policy, unwrapped, models: Models, conditioning: Pr
                scheduler: DDIMScheduler, args, accelerator: Accelerator) -> dict[str, float]:
     """The gradient of this device's pairs of one optimizer step, in micro-batches; returns the step's scalars.
 
-    Each micro-batch counts by its size; the devices exchange gradients in the last one only. A collective call.
+    Each micro-batch counts by its size, in gradient and scalars; the devices exchange gradients in the last one only. A collective call.
     """
     scalars = StepScalars()
     starts = range(0, len(group), args.train_batch_size)
@@ -318,7 +318,8 @@ def learn_from(group: Pairs, policy, unwrapped, models: Models, conditioning: Pr
         with nullcontext() if start == starts[-1] else accelerator.no_sync(policy):
             loss, logs = pair_loss(policy, unwrapped, models, conditioning, pairs, scheduler, args, accelerator)
             accelerator.backward(loss * len(pairs) / len(group))
-        scalars.add(logs)
+        weight = len(pairs) * len(starts) / len(group)  # exactly 1 where all have the same size
+        scalars.add({name: value * weight for name, value in logs.items()})
     return scalars.reduce(accelerator)
 
 

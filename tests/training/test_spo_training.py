@@ -20,7 +20,7 @@ from training.launch import start_accelerator
 from training.logs import read_metrics
 from training.resampler import Pairs
 from training.signals import StopSignal
-from training.spo import Progress, check_record, deal_out, digest_of
+from training.spo import Progress, check_record, deal_out, digest_of, learn_from
 from training.spo import train as train_spo
 from training.spo_arguments import SPOArguments, load_prompts
 
@@ -255,3 +255,18 @@ def test_every_pair_is_dealt_once_in_an_order_of_its_own(inner):
     assert sorted(dealt.x_t[:, 0].flatten().tolist()) == list(range(n))
     assert torch.equal(dealt.x_t, reverse.x_t) and not torch.equal(dealt.x_t, pairs.x_t)
     assert not torch.equal(dealt.x_t, deal_out(pairs, 0, Progress(round=1), accelerator).x_t)
+
+
+def test_scalars_and_gradient_count_micro_batches_by_their_size(monkeypatch):
+    """5 pairs in micro-batches of 4 and 1: both are the mean over the pairs."""
+    policy = torch.nn.Linear(1, 1, bias=False)
+    pairs = Pairs(torch.zeros(5, 1, 1, 1, 1), torch.zeros(5, 2, 1, 1, 1), torch.arange(5), torch.zeros(5).long())
+
+    def loss_is_the_step(policy, unwrapped, models, conditioning, pairs, *rest):
+        loss = (policy.weight.sum() * pairs.step).mean()
+        return loss, {"train_loss": loss.detach()}
+
+    monkeypatch.setattr("training.spo.pair_loss", loss_is_the_step)
+    torch.nn.init.ones_(policy.weight)
+    logs = learn_from(pairs, policy, policy, None, None, None, SimpleNamespace(train_batch_size=4), Accelerator(cpu=True))
+    assert logs["train_loss"] == policy.weight.grad.item() == 2.0
