@@ -126,6 +126,8 @@ def parse_spm_arguments(argv: list[str] | None = None) -> SPMArguments:
             raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
     if not 0 <= args.relabel_threshold < 1:
         raise UserError(f"--relabel_threshold must lie in [0, 1), not {args.relabel_threshold}")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must lie in [0, 2^63), not {args.seed}")
     if args.checkpointing_steps < 0 or args.lr_warmup_steps < 0:
         raise UserError("--checkpointing_steps and --lr_warmup_steps must not be negative")
     return args

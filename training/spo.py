@@ -79,12 +79,12 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
 
     # 2. Prompts and models: frozen encoders, policy, reference, and the preference model.
     models = load_tokenizers_and_scheduler(args)
+    scheduler = ddim_scheduler(models.scheduler, args.spo_num_steps)
     with accelerator.main_process_first():
         prompts = load_prompts(args, spo, args.seed)
     judge = load_judge(args, dtype, device)
     load_frozen_encoders(models, args, dtype, device)
     load_policy_and_reference(models, args, dtype, device)
-    scheduler = ddim_scheduler(models.scheduler, args.spo_num_steps)
 
     # 3. Optimizer and schedule.
     trainable = [parameter for parameter in models.policy.parameters() if parameter.requires_grad]

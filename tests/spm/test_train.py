@@ -67,6 +67,7 @@ def test_odd_pairs_are_refused(table):
     (["--dataset_name", "x", "--resolution", "30"], "multiple of 8"),
     (["--dataset_name", "x", "--relabel_threshold", "1"], "--relabel_threshold must lie in"),
     (["--dataset_name", "x", "--max_train_steps", "0"], "--max_train_steps must be at least 1"),
+    (["--dataset_name", "x", "--seed", "-5"], "--seed must lie in"),
 ])
 def test_bad_options_are_refused(words, message):
     with pytest.raises(UserError, match=message):
