@@ -22,7 +22,7 @@ from training.resampler import Pairs
 from training.signals import StopSignal
 from training.spo import Progress, check_record, deal_out, digest_of, learn_from
 from training.spo import train as train_spo
-from training.spo_arguments import SPOArguments, load_prompts
+from training.spo_arguments import SPOArguments, check_spo_arguments, load_prompts, warn_of_spo_flags
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "star")]
 
@@ -270,3 +270,11 @@ def test_scalars_and_gradient_count_micro_batches_by_their_size(monkeypatch):
     torch.nn.init.ones_(policy.weight)
     logs = learn_from(pairs, policy, policy, None, None, None, SimpleNamespace(train_batch_size=4), Accelerator(cpu=True))
     assert logs["train_loss"] == policy.weight.grad.item() == 2.0
+
+
+def test_options_that_do_nothing_are_named(capsys):
+    given = dict(proportion_empty_prompts=0.5, max_bad_fraction=0.5, watch_winner_rise=1.0, watch_margin=1.0)
+    check_spo_arguments(TrainArguments("base", **given), SPOArguments(spo_prompts="prompts.txt", spm_checkpoint="spm.bin"))
+    assert re.findall(r"--(\w+) does nothing", capsys.readouterr().err) == list(given)
+    warn_of_spo_flags({"train_method", "spo_k", "spm_checkpoint"})
+    assert re.findall(r"--(\w+) does nothing", capsys.readouterr().err) == ["spm_checkpoint", "spo_k"]
