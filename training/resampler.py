@@ -87,8 +87,8 @@ def ddim_scheduler(base_scheduler: SchedulerMixin, num_steps: int) -> DDIMSchedu
     if num_steps <= trained:
         scheduler.set_timesteps(num_steps)
     if num_steps > trained or int(scheduler.timesteps.max()) >= trained:
-        raise UserError(f"--spo_num_steps {num_steps} is too many for the base pipeline's scheduler, whose {trained} timesteps "
-                        f"begin at {scheduler.config.steps_offset}: at most "
+        raise UserError(f"--spo_num_steps {num_steps} is too many for the base pipeline's scheduler, whose {trained} "
+                        f"timesteps begin at {scheduler.config.steps_offset}: at most "
                         f"{trained - scheduler.config.steps_offset} fit, and the published setting is 20")
     return scheduler
 

@@ -218,12 +218,12 @@ def check_record(checkpoint: dict, prompts: str, args) -> None:
     if args.allow_changed_resume:
         return
     if record.get("prompts") != prompts:
-        raise UserError(f"the prompts of {args.spo_prompts or args.data_source} are not those that the checkpoint was made "
-                        "with, or not in their order: go back to those, choose another --output_dir, or add "
+        raise UserError(f"the prompts of {args.spo_prompts or args.data_source} are not those that the checkpoint was "
+                        "made with, or not in their order: go back to those, choose another --output_dir, or add "
                         "--allow_changed_resume")
     if record.get("cut") and not 0 < args.max_train_steps <= step:
-        raise UserError(f"--max_train_steps ended the run at step {step} in the middle of a round, and the round's other "
-                        "pairs are gone: name an earlier checkpoint with --resume_from_checkpoint, or add "
+        raise UserError(f"--max_train_steps ended the run at step {step} in the middle of a round, and the round's "
+                        "other pairs are gone: name an earlier checkpoint with --resume_from_checkpoint, or add "
                         "--allow_changed_resume to go on with the next round")
 
 
@@ -309,7 +309,8 @@ def learn_from(group: Pairs, policy, unwrapped, models: Models, conditioning: Pr
                scheduler: DDIMScheduler, args, accelerator: Accelerator) -> dict[str, float]:
     """The gradient of this device's pairs of one optimizer step, in micro-batches; returns the step's scalars.
 
-    Each micro-batch counts by its size, in gradient and scalars; the devices exchange gradients in the last one only. A collective call.
+    Each micro-batch counts by its size, in gradient and scalars; the devices exchange gradients in the last one only. A
+    collective call.
     """
     scalars = StepScalars()
     starts = range(0, len(group), args.train_batch_size)

@@ -12,8 +12,8 @@ from training.data import column_values, load_table
 from training.errors import UserError, first_line
 from training.resampler import ResamplerConfig
 
-# Options of train.py that mean nothing here: no pairs are loaded, the objective has its own beta and clip, no images are
-# noised whose error could be watched, and the empty prompt is guidance's other half.
+# Options of train.py that mean nothing here: no pairs are loaded, the objective has its own beta and clip, no images
+# are noised whose error could be watched, and the empty prompt is guidance's other half.
 IGNORED = ("beta_dpo", "dmpo_alpha", "use_winner_preserving", "winner_preserving_mu", "image_column", "random_crop",
            "no_hflip", "paired_hflip", "choice_model", "dreamlike_pairs_only", "dataloader_num_workers", "noise_offset",
            "input_perturbation", "cached_dataset", "metrics_config", "proportion_empty_prompts", "max_bad_fraction",

@@ -107,10 +107,11 @@ def test_sdxl_script_trains(judge, tiny_sdxl, tmp_path, run):
 
 def test_whole_unet_trains_against_a_frozen_copy(judge, tiny_sd15, tmp_path):
     output = tmp_path / "out"
-    train_here(flags(judge, tiny_sd15, output, max_train_steps=1, lora_rank=0, spo_num_steps=6))
+    train_here(flags(judge, tiny_sd15, output, max_train_steps=1, lora_rank=0, spo_num_steps=6,
+                     train_batch_size=2))
     assert scalars(output)["train_loss"][0] == torch.tensor(2.0).log().item()
     assert not (output / "pytorch_lora_weights.safetensors").exists()
-    assert read_progress(output / "checkpoint-1")["record"]["cut"]  # a round has more than 4 pairs
+    assert read_progress(output / "checkpoint-1")["record"]["cut"]  # the round has 2 more pairs
     trained = torch.load(output / "unet.pth", weights_only=True)
     assert not torch.equal(trained["conv_in.weight"],
                            load_file(tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"])
@@ -170,6 +171,7 @@ def test_run_cut_in_mid_round_can_end_again_but_not_go_on():
         check_record(checkpoint, digest_of(PROMPTS), SimpleNamespace(max_train_steps=steps, allow_changed_resume=False))
 
 
+@pytest.mark.slow
 def test_changed_resume_goes_on_from_the_prompt_where_the_run_stood(judge, tiny_sd15, tmp_path):
     """Two rounds of 2 of the 9 prompts, then rounds of 4; then 3 prompts, fewer than the epoch has had."""
     output, prompts = tmp_path / "out", tmp_path / "prompts.txt"
@@ -268,13 +270,15 @@ def test_scalars_and_gradient_count_micro_batches_by_their_size(monkeypatch):
 
     monkeypatch.setattr("training.spo.pair_loss", loss_is_the_step)
     torch.nn.init.ones_(policy.weight)
-    logs = learn_from(pairs, policy, policy, None, None, None, SimpleNamespace(train_batch_size=4), Accelerator(cpu=True))
+    args = SimpleNamespace(train_batch_size=4)
+    logs = learn_from(pairs, policy, policy, None, None, None, args, Accelerator(cpu=True))
     assert logs["train_loss"] == policy.weight.grad.item() == 2.0
 
 
 def test_options_that_do_nothing_are_named(capsys):
     given = dict(proportion_empty_prompts=0.5, max_bad_fraction=0.5, watch_winner_rise=1.0, watch_margin=1.0)
-    check_spo_arguments(TrainArguments("base", **given), SPOArguments(spo_prompts="prompts.txt", spm_checkpoint="spm.bin"))
+    spo = SPOArguments(spo_prompts="prompts.txt", spm_checkpoint="spm.bin")
+    check_spo_arguments(TrainArguments("base", **given), spo)
     assert re.findall(r"--(\w+) does nothing", capsys.readouterr().err) == list(given)
     warn_of_spo_flags({"train_method", "spo_k", "spm_checkpoint"})
     assert re.findall(r"--(\w+) does nothing", capsys.readouterr().err) == ["spm_checkpoint", "spo_k"]
