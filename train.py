@@ -7,6 +7,7 @@ It reads from top to bottom: arguments, data, models, optimizer, resume, loop, r
 """
 
 import math
+import sys
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 import training.spo
 from losses import preference_loss
-from training.arguments import TrainArguments, parse_arguments
+from training.arguments import TrainArguments, names_given, parse_arguments
 from training.checkpoints import (find_checkpoint, load_checkpoint, register_hooks, save_checkpoint,
                                   read_progress, save_result, write_run_file)
 from training.cached_dataset import CachedDataset, check_cache
@@ -34,7 +35,7 @@ from training.optimizers import effective_learning_rate, make_optimizer, make_sc
 from training.parameter_space import backward_in_parameter_space, check_whole_gradients
 from training.relabel import ai_feedback_labels
 from training.signals import StopSignal
-from training.spo_arguments import SPOArguments
+from training.spo_arguments import SPOArguments, warn_of_spo_flags
 from training.validation import validate
 
 
@@ -183,6 +184,8 @@ def main() -> None:
     for library in (datasets, diffusers.utils.logging, transformers.utils.logging):
         (getattr(library, "disable_progress_bar", None) or library.disable_progress_bars)()  # ours is the run's
     args, spo = parse_arguments(None, SPOArguments)
+    if args.train_method != "spo":
+        warn_of_spo_flags(names_given(sys.argv))
     accelerator = start_accelerator(args, args.process_timeout)
     with StopSignal() as stop:
         if args.train_method == "spo":  # online: it samples its pairs itself, from prompts

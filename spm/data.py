@@ -6,16 +6,20 @@ import torch
 from torch.utils.data import Dataset
 
 from training.arguments import warn
-from training.data import column_values
+from training.bad_data import BadPair, decode_images, read_caption, read_row
+from training.data import MAX_PASSED_OVER, column_values
 from training.draws import draw_pair
-from training.errors import UserError
-from training.images import decode_image, image_bytes, to_pixels
+from training.errors import UserError, first_line
+from training.images import to_pixels
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0")
 
 
 class LabelledPairs(Dataset):
     """(position, index) -> one pair as tensors; ties stay in.
+
+    A pair that cannot be used is replaced by the next one that can; timestep and noises belong to the position and
+    stay. passed_over (): how many were.
 
     pixel_values (2, 3, H, W) in [-1, 1], image 0 first; label_0 () the probability that image 0 is preferred; weight ()
     1 / number of the prompt's pairs; caption; timestep () in [0, 1), noise (C, h, w) and vae_noise (2, C, h, w), which
@@ -30,7 +34,11 @@ class LabelledPairs(Dataset):
                             "caption, jpg_0, jpg_1 and label_0")
         self.table, self.caption_column, self.resolution = table, caption_column, resolution
         self.latent_shape, self.seed = latent_shape, seed
-        labels = np.array([np.nan if label is None else label for label in column_values(table, "label_0")], dtype=float)
+        try:
+            labels = np.array([np.nan if label is None else label for label in column_values(table, "label_0")],
+                              dtype=float)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{source}: label_0 must be 0, 0.5 or 1 ({first_line(error)})") from None
         self.index = np.flatnonzero(~np.isnan(labels))
         self.labels = labels[self.index]
         if len(self.index) < len(labels):
@@ -54,16 +62,32 @@ class LabelledPairs(Dataset):
         return len(self.index)
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
+        """Raises UserError after MAX_PASSED_OVER pairs in a row that cannot be used."""
         position, index = place
-        row = self.table[int(self.index[index])]
         draw = draw_pair(self.seed, position, self.latent_shape)
-        images = [to_pixels(decode_image(image_bytes(row[name])), self.resolution) for name in ("jpg_0", "jpg_1")]
+        for passed_over in range(min(len(self), MAX_PASSED_OVER)):
+            try:
+                pair = self.read((index + passed_over) % len(self))
+            except BadPair as error:
+                last = error
+                continue
+            return pair | {
+                "timestep": torch.tensor(draw.timestep, dtype=torch.float64),
+                "noise": draw.noise,
+                "vae_noise": draw.vae_noise,
+                "passed_over": torch.tensor(passed_over),
+            }
+        raise UserError(f"{passed_over + 1} pairs in a row cannot be used, from row {self.index[index]} on; the last "
+                        f"one's {last}. python -m training.check_data looks through all of them")
+
+    def read(self, index: int) -> dict:
+        """A pair's images, caption, label and weight. Raises BadPair."""
+        row = read_row(self.table, int(self.index[index]))
+        caption = read_caption(row, self.caption_column)
+        images = [to_pixels(image, self.resolution) for image in decode_images(row, ["jpg_0", "jpg_1"])]
         return {
             "pixel_values": torch.stack(images),
             "label_0": torch.tensor(self.labels[index], dtype=torch.float32),
             "weight": torch.tensor(self.weights[index], dtype=torch.float32),
-            "caption": row[self.caption_column] or "",
-            "timestep": torch.tensor(draw.timestep, dtype=torch.float64),
-            "noise": draw.noise,
-            "vae_noise": draw.vae_noise,
+            "caption": caption,
         }

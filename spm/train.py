@@ -30,13 +30,14 @@ from losses.spo import clean_and_noise
 from spm.data import LabelledPairs
 from spm.model import EVALUATION_TIMESTEPS, StepAwarePreferenceModel, load_spm, load_spm_tokenizer
 from training.arguments import config_files, option, parse_words, yaml_to_argv
-from training.checkpoints import (find_checkpoint, load_checkpoint, policy_state, register_hooks, save_checkpoint,
-                                  save_weights, write_run_file, write_whole)
+from training.checkpoints import (find_checkpoint, load_checkpoint, policy_state, read_progress, register_hooks,
+                                  save_checkpoint, save_weights, write_run_file, write_whole)
 from training.data import load_table, tokenize
 from training.diffusion import encode_images, winners_first
 from training.draws import PairStream
 from training.errors import UserError, run_program
 from training.guidance import condition_on_prompts, decode_latents, guided_prediction
+from training.guards import allowed_bad_pairs
 from training.launch import COMPUTE_DTYPES, identify_run, start_accelerator, tracker_config
 from training.logs import StepScalars, peak_memory_gb
 from training.models import (Models, cast_compute_weights, check_conditioning, load_frozen_encoders,
@@ -70,6 +71,7 @@ class SPMArguments:
     relabel_threshold: float = option(0.0, "above 0: label the pairs by --spm_clip itself, as ties where the two "
                                            "probabilities differ by less")
     dataloader_num_workers: int = option(0, "processes that decode images, a device")
+    max_bad_fraction: float = option(0.01, "stop when clearly more than this share of the pairs cannot be used")
 
     # Optimisation
     guidance: float = option(5.0, "guidance scale of the base model")
@@ -124,6 +126,10 @@ def parse_spm_arguments(argv: list[str] | None = None) -> SPMArguments:
             raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
     if not 0 <= args.relabel_threshold < 1:
         raise UserError(f"--relabel_threshold must lie in [0, 1), not {args.relabel_threshold}")
+    if not 0 <= args.max_bad_fraction <= 1:
+        raise UserError(f"--max_bad_fraction must lie in [0, 1], not {args.max_bad_fraction}")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must lie in [0, 2^63), not {args.seed}")
     if args.checkpointing_steps < 0 or args.lr_warmup_steps < 0:
         raise UserError("--checkpointing_steps and --lr_warmup_steps must not be negative")
     return args
@@ -190,7 +196,7 @@ def on_device(batch: dict, device: torch.device) -> dict:
 def accuracies(spm: StepAwarePreferenceModel, restorer: Restorer, pairs: LabelledPairs, batch_size: int,
                accelerator: Accelerator) -> dict[str, float]:
     """Share of decided pairs whose preferred image scores higher, at each evaluation timestep (an exact tie counts one
-    half). Every process must call this."""
+    half); pairs that cannot be used do not count. Every process must call this."""
     rank, world = accelerator.process_index, accelerator.num_processes
     own = [(index, index) for index in range(rank, len(pairs), world)]
     batches = [own[start:start + batch_size] for start in range(0, len(own), batch_size)]
@@ -199,7 +205,7 @@ def accuracies(spm: StepAwarePreferenceModel, restorer: Restorer, pairs: Labelle
     for batch in DataLoader(pairs, batch_sampler=batches):
         batch = on_device(batch, accelerator.device)
         labels, input_ids = restorer.labels(batch), restorer.input_ids(batch)
-        sign = (labels * 2 - 1).to(accelerator.device)
+        sign = (labels * 2 - 1).to(accelerator.device) * (batch["passed_over"] == 0)
         decided += (sign != 0).sum()
         for row, t in enumerate(EVALUATION_TIMESTEPS):
             timestep = torch.full((len(labels),), t, device=accelerator.device)
@@ -251,9 +257,10 @@ def train(args: SPMArguments) -> None:
     register_hooks(accelerator, lora=False, weights_file=WEIGHTS_FILE)
     checkpoint = find_checkpoint(args, accelerator)
     first_step = load_checkpoint(accelerator, lr_scheduler, checkpoint, args) if checkpoint else 0
+    bad_pairs = read_progress(checkpoint)["record"].get("bad_pairs", 0) if checkpoint else 0
+    per_step = world * args.train_batch_size * args.gradient_accumulation_steps
     if main_process:
         accelerator.init_trackers(args.tracker_project_name, tracker_config(args))
-        per_step = world * args.train_batch_size * args.gradient_accumulation_steps
         print(f"Training the step-aware preference model on {len(pairs)} pairs of {source}: {args.max_train_steps} steps of "
               f"{per_step} pairs, {world} device(s), {args.mixed_precision}, seed {args.seed}", flush=True)
         if checkpoint:
@@ -284,8 +291,10 @@ def train(args: SPMArguments) -> None:
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="spm",
                unit="step", disable=not accelerator.is_local_main_process, dynamic_ncols=True)
     for step in bar:
+        replaced = torch.zeros((), device=device)
         for _ in range(accumulation):
             batch = on_device(next(micro_batches), device)
+            replaced += (batch["passed_over"] > 0).sum()
             timestep = (batch["timestep"] * models.scheduler.config.num_train_timesteps).long()
             pixels, labels = restorer.pixels(batch, timestep), restorer.labels(batch)
             with accelerator.accumulate(wrapped):
@@ -302,18 +311,29 @@ def train(args: SPMArguments) -> None:
             lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
-        logs = scalars.reduce(accelerator, grad_norm=grad_norm if grad_norm is not None else 0.0)
+        logs = scalars.reduce(accelerator, grad_norm=grad_norm if grad_norm is not None else 0.0, bad_pairs=replaced)
+        bad_pairs += round(logs["bad_pairs"] * world)
+        logs["bad_pairs"] = bad_pairs
         accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0], "peak_memory_gb": peak_memory_gb(device)}, step=done)
         bar.set_postfix(loss=f"{logs['train_loss']:.4g}", acc=f"{logs['accuracy']:.3g}")
+        too_many = bad_pairs > allowed_bad_pairs(done * per_step, args.max_bad_fraction)
+        if too_many and done < args.max_train_steps:
+            stopped_at = save_checkpoint(accelerator, wrapped, lr_scheduler, done, args, WEIGHTS_FILE,
+                                         {"bad_pairs": bad_pairs})
+            accelerator.end_training()
+            raise UserError(f"{bad_pairs} of {done * per_step} pairs could not be used, more than --max_bad_fraction "
+                            f"{args.max_bad_fraction:g}: {stopped_at} is saved. python -m training.check_data names "
+                            "them; raise the bound to train on regardless")
         if done % args.validation_steps == 0 or done == args.max_train_steps:
             validate(done)
         if args.checkpointing_steps and done % args.checkpointing_steps == 0 and done < args.max_train_steps:
-            save_checkpoint(accelerator, wrapped, lr_scheduler, done, args, WEIGHTS_FILE)
+            save_checkpoint(accelerator, wrapped, lr_scheduler, done, args, WEIGHTS_FILE, {"bad_pairs": bad_pairs})
             saved_step = done
 
     # 6. The result: a last checkpoint and the weights under the official names.
     if saved_step < args.max_train_steps:
-        save_checkpoint(accelerator, wrapped, lr_scheduler, args.max_train_steps, args, WEIGHTS_FILE)
+        save_checkpoint(accelerator, wrapped, lr_scheduler, args.max_train_steps, args, WEIGHTS_FILE,
+                        {"bad_pairs": bad_pairs})
     state = policy_state(accelerator, wrapped)
     if main_process:
         save_weights(Path(args.output_dir) / WEIGHTS_FILE, state)

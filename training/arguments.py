@@ -180,9 +180,13 @@ def parse_arguments(argv: list[str] | None = None, *classes):
     argv = [word for config in config_files(argv) for word in yaml_to_argv(config, known)] + argv
     parsed = parse_words(parser, argv)
     args = parsed[0]
-    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
-    check_arguments(args, given)
+    check_arguments(args, names_given(argv))
     return (args, *parsed[1:1 + len(classes)]) if classes else args
+
+
+def names_given(argv: list[str]) -> set[str]:
+    """The options that these words of a command line set."""
+    return {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
 
 
 def config_files(argv: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, SchedulerMixin
 
 from losses.spo import choose_pairs, ddim_gaussian
 from training.draws import seeded_generator
+from training.errors import UserError
 
 # predict(latents (N, C, h, w), timestep, prompts (N,)) -> the guided prediction (N, C, h, w);
 # score(clean latents (N, C, h, w), timestep, prompts (N,)) -> (N,). `prompts` are positions in the batch of prompts.
@@ -79,9 +80,16 @@ def prompt_generator(seed: int, epoch: int, prompt_index: int) -> torch.Generato
 
 
 def ddim_scheduler(base_scheduler: SchedulerMixin, num_steps: int) -> DDIMScheduler:
-    """DDIM with the base pipeline's noise schedule and `num_steps` denoising steps."""
+    """DDIM with the base pipeline's noise schedule and `num_steps` denoising steps. Raises UserError for more of them
+    than the schedule has room for: its steps_offset moves all of them up."""
     scheduler = DDIMScheduler.from_config(base_scheduler.config)
-    scheduler.set_timesteps(num_steps)
+    trained = scheduler.config.num_train_timesteps
+    if num_steps <= trained:
+        scheduler.set_timesteps(num_steps)
+    if num_steps > trained or int(scheduler.timesteps.max()) >= trained:
+        raise UserError(f"--spo_num_steps {num_steps} is too many for the base pipeline's scheduler, whose {trained} "
+                        f"timesteps begin at {scheduler.config.steps_offset}: at most "
+                        f"{trained - scheduler.config.steps_offset} fit, and the published setting is 20")
     return scheduler
 
 

@@ -2,9 +2,11 @@
 
 A round samples spo_sample_batch_size prompts a device, gathers the kept pairs, deals them out evenly and takes the
 optimizer steps they are enough for. train.py hands over to train() with --train_method spo. What is random follows from
-(seed, epoch, prompt), so the number of devices changes nothing but rounding, and resuming needs a round's number alone.
+(seed, epoch, prompt), so the number of devices changes nothing but rounding, and resuming needs a position alone.
 """
 
+import hashlib
+import json
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -21,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from losses.spo import clipped_ratio, ddim_gaussian, gaussian_log_prob, spo_loss
 from spm.model import StepAwarePreferenceModel, load_spm, load_spm_tokenizer
 from training.arguments import TrainArguments, warn
-from training.checkpoints import (find_checkpoint, load_checkpoint, register_hooks, save_checkpoint, save_result,
-                                  write_run_file)
+from training.checkpoints import (find_checkpoint, load_checkpoint, read_progress, register_hooks, save_checkpoint,
+                                  save_result, write_run_file)
 from training.data import tokenize
 from training.draws import epoch_order, seeded_generator
 from training.errors import UserError
@@ -42,10 +44,12 @@ from training.validation import validate
 
 @dataclass
 class Progress:
-    """Where a run stands; accelerate keeps it in every checkpoint. `round` is the epoch's next one; the others count
-    the epoch's comparisons, kept pairs, pairs learned from, and its largest difference of probabilities in a pool."""
+    """Where a run stands; accelerate keeps it in every checkpoint. `prompts` and `round` count the prompts and rounds
+    that the epoch has had: a round's size may change when a run is resumed. The others count the epoch's comparisons,
+    kept pairs, pairs learned from, and its largest difference of probabilities in a pool."""
 
     epoch: int = 0
+    prompts: int = 0
     round: int = 0
     step: int = 0
     compared: int = 0
@@ -75,12 +79,12 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
 
     # 2. Prompts and models: frozen encoders, policy, reference, and the preference model.
     models = load_tokenizers_and_scheduler(args)
+    scheduler = ddim_scheduler(models.scheduler, args.spo_num_steps)
     with accelerator.main_process_first():
         prompts = load_prompts(args, spo, args.seed)
     judge = load_judge(args, dtype, device)
     load_frozen_encoders(models, args, dtype, device)
     load_policy_and_reference(models, args, dtype, device)
-    scheduler = ddim_scheduler(models.scheduler, args.spo_num_steps)
 
     # 3. Optimizer and schedule.
     trainable = [parameter for parameter in models.policy.parameters() if parameter.requires_grad]
@@ -96,7 +100,10 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
     register_hooks(accelerator, lora=args.lora_rank > 0)
     checkpoint = find_checkpoint(args, accelerator)
     if checkpoint:
+        check_record(read_progress(checkpoint), digest_of(prompts), args)
         load_checkpoint(accelerator, lr_scheduler, checkpoint, args)
+        if progress.prompts >= len(prompts):  # fewer prompts than the checkpoint had, all of them done
+            progress.next_epoch()
     saved = validated = progress.step
     round_size = world * args.spo_sample_batch_size
     rounds = math.ceil(len(prompts) / round_size)
@@ -106,6 +113,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
         if checkpoint:
             print(f"  resuming   {checkpoint}, after step {progress.step}", flush=True)
     metrics = MetricsFile(args.output_dir, progress.step)
+    record = {"prompts": digest_of(prompts), "cut": False}
 
     def finished() -> bool:
         if args.max_train_steps:
@@ -118,9 +126,9 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
     bar = tqdm(initial=progress.step, total=args.max_train_steps or None, unit="step", dynamic_ncols=True,
                disable=not accelerator.is_local_main_process)
     while not finished():
-        bar.set_description(f"spo epoch {progress.epoch + 1} round {progress.round + 1}/{rounds}")
+        bar.set_description(f"spo epoch {progress.epoch + 1} prompt {progress.prompts + 1}/{len(prompts)}")
         order = epoch_order(len(prompts), args.seed, progress.epoch, shuffle=True)
-        chosen = order[progress.round * round_size:(progress.round + 1) * round_size]
+        chosen = order[progress.prompts:progress.prompts + round_size]
         conditioning = condition_on_prompts(models, args, [prompts[i] for i in chosen], device)
         pairs, comparisons = sample_pairs(unwrapped, models, judge, scheduler, conditioning, prompts, chosen, progress,
                                           args, accelerator)
@@ -132,6 +140,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
 
         for start in range(0, len(pairs), group_size):
             if args.max_train_steps and progress.step >= args.max_train_steps:
+                record["cut"] = True
                 break
             logs = learn_from(pairs[start:start + group_size], policy, unwrapped, models, conditioning, scheduler,
                               args, accelerator)
@@ -156,7 +165,8 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
                             kept=f"{round_logs['spo/kept_share']:.2g}")
 
         progress.round += 1
-        if progress.round == rounds:
+        progress.prompts += len(chosen)
+        if progress.prompts >= len(prompts):
             if progress.learned == 0:
                 if main_process:
                     warn(no_pairs_message(args, progress, world))
@@ -165,7 +175,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
         stopped = accelerator.gather(torch.tensor([stop.name is not None], device=device)).any()
         due = args.checkpointing_steps and progress.step // args.checkpointing_steps > saved // args.checkpointing_steps
         if (stopped or due) and not finished():
-            checkpoint = save_checkpoint(accelerator, policy, lr_scheduler, progress.step, args)
+            checkpoint = save_checkpoint(accelerator, policy, lr_scheduler, progress.step, args, record=record)
             saved = progress.step
             if stopped:
                 accelerator.end_training()
@@ -184,7 +194,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
     # 6. The result: a last checkpoint, unet.pth, the LoRA weights and a pipeline that diffusers opens.
     if progress.step > 0:
         if saved < progress.step:
-            save_checkpoint(accelerator, policy, lr_scheduler, progress.step, args)
+            save_checkpoint(accelerator, policy, lr_scheduler, progress.step, args, record=record)
         save_result(accelerator, policy, args)
     accelerator.end_training()
     if main_process:
@@ -194,6 +204,27 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
         print(f"Done: {Path(args.output_dir, 'unet.pth')} and a diffusers pipeline in {args.output_dir}", flush=True)
         if args.push_to_hub:
             print(f"Published at {push(args)}", flush=True)
+
+
+def digest_of(prompts: list[str]) -> str:
+    """Identity of the prompts and of their order, which their draws follow from."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+
+
+def check_record(checkpoint: dict, prompts: str, args) -> None:
+    """Refuse to go on from a checkpoint, given by its progress.json, where that is not the run it belongs to; prompts:
+    this run's digest_of(). Raises UserError."""
+    step, record = checkpoint["step"], checkpoint["record"]
+    if args.allow_changed_resume:
+        return
+    if record.get("prompts") != prompts:
+        raise UserError(f"the prompts of {args.spo_prompts or args.data_source} are not those that the checkpoint was "
+                        "made with, or not in their order: go back to those, choose another --output_dir, or add "
+                        "--allow_changed_resume")
+    if record.get("cut") and not 0 < args.max_train_steps <= step:
+        raise UserError(f"--max_train_steps ended the run at step {step} in the middle of a round, and the round's "
+                        "other pairs are gone: name an earlier checkpoint with --resume_from_checkpoint, or add "
+                        "--allow_changed_resume to go on with the next round")
 
 
 # --- sampling ------------------------------------------------------------------------------------------------------
@@ -251,7 +282,7 @@ def deal_out(pairs: Pairs, seed: int, progress: Progress, accelerator: Accelerat
     """Gather every device's pairs, shuffle them with one permutation and give each device the same number.
 
     Every process must call this. Pairs beyond a multiple of the number of devices are dropped; with fewer pairs than
-    devices all get none.
+    devices all get none. The permutation follows from the seed, the epoch and how many rounds of it were before.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     counts = accelerator.gather(torch.tensor([len(pairs)], device=accelerator.device))
@@ -278,7 +309,8 @@ def learn_from(group: Pairs, policy, unwrapped, models: Models, conditioning: Pr
                scheduler: DDIMScheduler, args, accelerator: Accelerator) -> dict[str, float]:
     """The gradient of this device's pairs of one optimizer step, in micro-batches; returns the step's scalars.
 
-    Each micro-batch counts by its size; the devices exchange gradients in the last one only. A collective call.
+    Each micro-batch counts by its size, in gradient and scalars; the devices exchange gradients in the last one only. A
+    collective call.
     """
     scalars = StepScalars()
     starts = range(0, len(group), args.train_batch_size)
@@ -287,7 +319,8 @@ def learn_from(group: Pairs, policy, unwrapped, models: Models, conditioning: Pr
         with nullcontext() if start == starts[-1] else accelerator.no_sync(policy):
             loss, logs = pair_loss(policy, unwrapped, models, conditioning, pairs, scheduler, args, accelerator)
             accelerator.backward(loss * len(pairs) / len(group))
-        scalars.add(logs)
+        weight = len(pairs) * len(starts) / len(group)  # exactly 1 where all have the same size
+        scalars.add({name: value * weight for name, value in logs.items()})
     return scalars.reduce(accelerator)
 
 

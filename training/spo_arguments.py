@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,12 @@ from training.data import column_values, load_table
 from training.errors import UserError, first_line
 from training.resampler import ResamplerConfig
 
-# Options of train.py that mean nothing here: there are no pairs to load, and the objective has its own beta and clip.
+# Options of train.py that mean nothing here: no pairs are loaded, the objective has its own beta and clip, no images
+# are noised whose error could be watched, and the empty prompt is guidance's other half.
 IGNORED = ("beta_dpo", "dmpo_alpha", "use_winner_preserving", "winner_preserving_mu", "image_column", "random_crop",
            "no_hflip", "paired_hflip", "choice_model", "dreamlike_pairs_only", "dataloader_num_workers", "noise_offset",
-           "input_perturbation", "cached_dataset")
+           "input_perturbation", "cached_dataset", "metrics_config", "proportion_empty_prompts", "max_bad_fraction",
+           "watch_winner_rise", "watch_margin")
 
 
 @dataclass
@@ -75,6 +77,12 @@ def check_spo_arguments(args: TrainArguments, spo: SPOArguments) -> None:
             warn(f"--{name} does nothing here: SPO samples its own pairs")
     if spo.spm_checkpoint is None:
         warn("no --spm_checkpoint: --spm_clip itself judges the noisy steps, as if they were finished images")
+
+
+def warn_of_spo_flags(given: set[str]) -> None:
+    """For runs of another method: warn of SPO's options among the names of those that were given."""
+    for name in sorted(given & {field.name for field in fields(SPOArguments)}):
+        warn(f"--{name} does nothing here: only --train_method spo reads it")
 
 
 def load_prompts(args: TrainArguments, spo: SPOArguments, seed: int) -> list[str]:

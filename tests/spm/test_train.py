@@ -13,6 +13,7 @@ from shapes.pipeline import clip_tokenizer, text_config
 from spm.data import LabelledPairs
 from spm.model import EVALUATION_TIMESTEPS, load_spm
 from spm.train import labels_from_scores, parse_spm_arguments, preference_cross_entropy, train
+from training.checkpoints import read_progress
 from training.errors import UserError
 
 
@@ -62,11 +63,36 @@ def test_odd_pairs_are_refused(table):
         make(table.remove_columns("label_0").add_column("label_0", [None] * len(table)))
 
 
+def with_column(table, name, values):
+    return table.remove_columns(name).add_column(name, values)
+
+
+def test_text_labels_are_refused(table):
+    with pytest.raises(UserError, match="here: label_0 must be 0, 0.5 or 1 .*left"):
+        LabelledPairs(with_column(table, "label_0", ["left"] * len(table)), "caption", 64, (4, 8, 8), 0, "here")
+
+
+def test_bad_pairs_are_passed_over_for_the_next_good_one(table):
+    few = table.select(range(4))
+    images = few["jpg_0"][:]
+    good = LabelledPairs(with_column(few, "jpg_0", images), "caption", 64, (4, 8, 8), 0, "here")
+    pairs = LabelledPairs(with_column(few, "jpg_0", [images[0], images[1], b"no image", images[3][:50]]), "caption", 64,
+                          (4, 8, 8), 0, "here")
+    item, expected = pairs[7, 2], good[7, 0]  # 2 and 3 are bad; the one after the last is the first
+    assert [pairs[7, index]["passed_over"].item() for index in range(4)] == [0, 0, 2, 1]
+    assert all(torch.equal(item[name], expected[name]) for name in ("pixel_values", "label_0", "weight", "noise"))
+    assert item["caption"] == expected["caption"]
+    nothing = LabelledPairs(with_column(few, "jpg_0", [b"no image"] * 4), "caption", 64, (4, 8, 8), 0, "here")
+    with pytest.raises(UserError, match="4 pairs in a row cannot be used, from row 1 on"):
+        nothing[0, 1]
+
+
 @pytest.mark.parametrize("words, message", [
     ([], "name the preference pairs"),
     (["--dataset_name", "x", "--resolution", "30"], "multiple of 8"),
     (["--dataset_name", "x", "--relabel_threshold", "1"], "--relabel_threshold must lie in"),
     (["--dataset_name", "x", "--max_train_steps", "0"], "--max_train_steps must be at least 1"),
+    (["--dataset_name", "x", "--seed", "-5"], "--seed must lie in"),
 ])
 def test_bad_options_are_refused(words, message):
     with pytest.raises(UserError, match=message):
@@ -97,6 +123,14 @@ def test_program_trains_reports_accuracies_resumes_and_its_file_loads(tiny_sd15,
                                    *(str(word) for name, value in options.items() for word in (f"--{name}", value))]))
         return torch.load(output / "step-aware_preference_model.bin", weights_only=True)
 
+    spoilt, images = tmp_path / "spoilt", rows.column("jpg_0").to_pylist()
+    spoilt.mkdir()
+    images[:-1] = [b"no image"] * (len(images) - 1)
+    column = rows.schema.get_field_index("jpg_0")
+    pq.write_table(rows.set_column(column, "jpg_0", [images]), spoilt / "train-00000.parquet")
+    with pytest.raises(UserError, match="2 of 2 pairs could not be used, .*checkpoint-1 is saved"):
+        run(tmp_path / "bad", 30, train_data_dir=spoilt, validation_split="none")
+    assert read_progress(tmp_path / "bad" / "checkpoint-1")["record"] == {"bad_pairs": 2}
     state = run(tmp_path / "spm", 3, relabel_threshold=0.1)
     entries = json.loads((tmp_path / "spm" / "accuracy.json").read_text())
     assert [entry["step"] for entry in entries] == [0, 3]

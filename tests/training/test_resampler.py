@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 from scipy.stats import chisquare
 
 from losses.spo import choose_pairs
+from training.errors import UserError
 from training.resampler import ResamplerConfig, ddim_scheduler, prompt_generator, resample
 
 SHAPE = (4, 4, 4)
@@ -152,3 +153,11 @@ def test_threshold_drops_close_pools_and_may_drop_all():
 def test_pools_from_the_first_or_only_at_the_last_step(start):
     pairs, _, _ = run(ResamplerConfig(divert_start_step=start, threshold=-1.0))
     assert len(pairs) == 3 * (20 - start)
+
+
+def test_as_many_steps_as_the_schedule_has_room_for():
+    most = scheduler(999).timesteps
+    assert most[0] == 999 and most[-1] == 1
+    for number in (1000, 1001):
+        with pytest.raises(UserError, match=f"--spo_num_steps {number} is too many .* at most 999 fit"):
+            scheduler(number)

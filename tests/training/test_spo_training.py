@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +14,15 @@ from transformers import CLIPConfig, CLIPModel
 from shapes.pipeline import clip_tokenizer, text_config
 from spm.model import StepAwarePreferenceModel
 from training.arguments import TrainArguments, parse_arguments
+from training.checkpoints import read_progress
 from training.errors import UserError
 from training.launch import start_accelerator
+from training.logs import read_metrics
 from training.resampler import Pairs
 from training.signals import StopSignal
-from training.spo import Progress, deal_out
+from training.spo import Progress, check_record, deal_out, digest_of, learn_from
 from training.spo import train as train_spo
-from training.spo_arguments import SPOArguments, load_prompts
+from training.spo_arguments import SPOArguments, check_spo_arguments, load_prompts, warn_of_spo_flags
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "star")]
 
@@ -104,9 +107,11 @@ def test_sdxl_script_trains(judge, tiny_sdxl, tmp_path, run):
 
 def test_whole_unet_trains_against_a_frozen_copy(judge, tiny_sd15, tmp_path):
     output = tmp_path / "out"
-    train_here(flags(judge, tiny_sd15, output, max_train_steps=1, lora_rank=0, spo_num_steps=6))
+    train_here(flags(judge, tiny_sd15, output, max_train_steps=1, lora_rank=0, spo_num_steps=6,
+                     train_batch_size=2))
     assert scalars(output)["train_loss"][0] == torch.tensor(2.0).log().item()
     assert not (output / "pytorch_lora_weights.safetensors").exists()
+    assert read_progress(output / "checkpoint-1")["record"]["cut"]  # the round has 2 more pairs
     trained = torch.load(output / "unet.pth", weights_only=True)
     assert not torch.equal(trained["conv_in.weight"],
                            load_file(tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"])
@@ -140,6 +145,50 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(judge, tiny_sd15, tmp_
     assert re.search("resuming .*checkpoint-6, after step 6", capsys.readouterr().out)
     a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (whole, cut))
     assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not read_progress(cut / "checkpoint-6")["record"]["cut"]
+
+
+def test_other_prompts_are_no_continuation():
+    args = SimpleNamespace(spo_prompts="prompts.txt", data_source=None, max_train_steps=7, allow_changed_resume=False)
+    checkpoint = {"step": 6, "record": {"prompts": digest_of(PROMPTS), "cut": False}}
+    check_record(checkpoint, digest_of(list(PROMPTS)), args)
+    for changed in (PROMPTS[::-1], PROMPTS[1:], ["".join(PROMPTS)], []):
+        with pytest.raises(UserError, match="the prompts of prompts.txt are not those .* --allow_changed_resume"):
+            check_record(checkpoint, digest_of(changed), args)
+    args.allow_changed_resume = True
+    check_record(checkpoint, digest_of(PROMPTS[::-1]), args)
+
+
+def test_run_cut_in_mid_round_can_end_again_but_not_go_on():
+    checkpoint = {"step": 6, "record": {"prompts": digest_of(PROMPTS), "cut": True}}
+    for steps in (0, 7):
+        args = SimpleNamespace(max_train_steps=steps, allow_changed_resume=False)
+        with pytest.raises(UserError, match="step 6 in the middle of a round.* --resume_from_checkpoint"):
+            check_record(checkpoint, digest_of(PROMPTS), args)
+        args.allow_changed_resume = True
+        check_record(checkpoint, digest_of(PROMPTS), args)
+    for steps in (5, 6):
+        check_record(checkpoint, digest_of(PROMPTS), SimpleNamespace(max_train_steps=steps, allow_changed_resume=False))
+
+
+@pytest.mark.slow
+def test_changed_resume_goes_on_from_the_prompt_where_the_run_stood(judge, tiny_sd15, tmp_path):
+    """Two rounds of 2 of the 9 prompts, then rounds of 4; then 3 prompts, fewer than the epoch has had."""
+    output, prompts = tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    common = dict(train_batch_size=64, spo_threshold=0, spo_num_steps=6, spo_k=2, report_to="none",
+                  spo_prompts=prompts)
+    train_here(flags(judge, tiny_sd15, output, max_train_steps=2, **common))
+    prompts.write_text("\n".join(PROMPTS[::-1]))
+    with pytest.raises(UserError, match="are not those that the checkpoint was made with"):
+        train_here(flags(judge, tiny_sd15, output, max_train_steps=3, **common))
+    common["allow_changed_resume"] = True
+    train_here(flags(judge, tiny_sd15, output, max_train_steps=5, spo_sample_batch_size=4, **common))
+    assert [(line["spo/epoch"], line["spo/pairs"]) for line in read_metrics(output / "metrics.jsonl")] == [
+        (1, 4), (1, 4), (1, 8), (1, 2), (2, 8)]
+    train_here(flags(judge, tiny_sd15, output, max_train_steps=6, max_train_samples=3, **common))
+    last = read_metrics(output / "metrics.jsonl")[-1]
+    assert (last["spo/epoch"], last["spo/pairs"]) == (3, 4)
 
 
 def test_gradients_are_clipped(judge, tiny_sd15, tmp_path):
@@ -208,3 +257,28 @@ def test_every_pair_is_dealt_once_in_an_order_of_its_own(inner):
     assert sorted(dealt.x_t[:, 0].flatten().tolist()) == list(range(n))
     assert torch.equal(dealt.x_t, reverse.x_t) and not torch.equal(dealt.x_t, pairs.x_t)
     assert not torch.equal(dealt.x_t, deal_out(pairs, 0, Progress(round=1), accelerator).x_t)
+
+
+def test_scalars_and_gradient_count_micro_batches_by_their_size(monkeypatch):
+    """5 pairs in micro-batches of 4 and 1: both are the mean over the pairs."""
+    policy = torch.nn.Linear(1, 1, bias=False)
+    pairs = Pairs(torch.zeros(5, 1, 1, 1, 1), torch.zeros(5, 2, 1, 1, 1), torch.arange(5), torch.zeros(5).long())
+
+    def loss_is_the_step(policy, unwrapped, models, conditioning, pairs, *rest):
+        loss = (policy.weight.sum() * pairs.step).mean()
+        return loss, {"train_loss": loss.detach()}
+
+    monkeypatch.setattr("training.spo.pair_loss", loss_is_the_step)
+    torch.nn.init.ones_(policy.weight)
+    args = SimpleNamespace(train_batch_size=4)
+    logs = learn_from(pairs, policy, policy, None, None, None, args, Accelerator(cpu=True))
+    assert logs["train_loss"] == policy.weight.grad.item() == 2.0
+
+
+def test_options_that_do_nothing_are_named(capsys):
+    given = dict(proportion_empty_prompts=0.5, max_bad_fraction=0.5, watch_winner_rise=1.0, watch_margin=1.0)
+    spo = SPOArguments(spo_prompts="prompts.txt", spm_checkpoint="spm.bin")
+    check_spo_arguments(TrainArguments("base", **given), spo)
+    assert re.findall(r"--(\w+) does nothing", capsys.readouterr().err) == list(given)
+    warn_of_spo_flags({"train_method", "spo_k", "spm_checkpoint"})
+    assert re.findall(r"--(\w+) does nothing", capsys.readouterr().err) == ["spm_checkpoint", "spo_k"]
