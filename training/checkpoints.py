@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -450,7 +451,10 @@ def load_checkpoint(accelerator: Accelerator, lr_scheduler, folder: Path, args) 
             lr_scheduler.load_state_dict({name: value for name, value in progress["lr_scheduler"].items() if name in own})
         else:
             lr_scheduler.last_epoch = progress["lr_scheduler"]["last_epoch"]
-            for group, settings, lr in zip(lr_scheduler.optimizer.param_groups, chosen, lr_scheduler.get_lr()):
+            with warnings.catch_warnings():  # get_lr() is meant for step(), and says so
+                warnings.simplefilter("ignore", UserWarning)
+                rates = lr_scheduler.get_lr()
+            for group, settings, lr in zip(lr_scheduler.optimizer.param_groups, chosen, rates):
                 group.update(settings, lr=lr)
     except UserError:
         raise
