@@ -4,8 +4,8 @@
 
 Runs {diffusion-dpo, dspo, dmpo} x {plain, safeguarded, lambda 0, fixed lambda} and training on winners only, with
 losses.preference_loss and the published beta and mu, equal budgets, and latents and embeddings computed once. The noise
-has the offset that the base was trained with, and the learning rate falls to 0 along a cosine after its warm-up: without
-these two even training on good drawings makes a small base draw worse.
+has the offset that the base was trained with, and the learning rate falls to 0 along a cosine after its warm-up, because
+the noise of small batches makes a small base draw worse.
 
 Learning rates are chosen by one rule for all: each configuration is trained at every rate of the grid (with a seed of
 its own) and the rate is taken whose images for the selection prompts have the highest mean oracle score. A method's
