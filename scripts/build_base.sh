@@ -18,9 +18,11 @@ train() { # the UNet, on the mixture of good and poor drawings
 {
     python -m shapes.base prepare --output "$output"
     train --output_dir "$output/first" --learning_rate 2e-3 --lr_warmup_steps 60 --max_train_steps 1800 --seed 0
-    # Offset noise makes it learn the backgrounds' brightness, which the first pass leaves pale.
-    train --output_dir "$output/trained" --unet_init "$output/first/unet.pth" --noise_offset 0.1 \
+    # Offset noise makes it learn the backgrounds' brightness, which the first pass leaves pale; then it is trained on.
+    train --output_dir "$output/second" --unet_init "$output/first/unet.pth" --noise_offset 0.1 \
         --learning_rate 1e-3 --lr_warmup_steps 30 --max_train_steps 1100 --seed 1
+    train --output_dir "$output/trained" --unet_init "$output/second/unet.pth" --noise_offset 0.1 \
+        --learning_rate 1e-3 --lr_warmup_steps 30 --max_train_steps 4500 --seed 2
     python -m shapes.base ship --output "$output"
     python -m shapes.base judge
 } 2>&1 | tee "$output/build.log"

@@ -30,7 +30,7 @@ run "$PYTHON" -m shapes.quickstart prepare --output "$output" --num_pairs 96
 say "2 of 5: Diffusion-DPO, plain and with the safeguard"
 common=(--pretrained_model_name_or_path "$output/base" --train_data_dir "$output/pairs" --resolution 32 --no_hflip
         --mixed_precision no --train_batch_size 16 --gradient_accumulation_steps 1 --max_train_steps 40
-        --lr_warmup_steps 5 --learning_rate 3e-5 --scale_lr false --dataloader_num_workers 0 --seed 0
+        --lr_warmup_steps 5 --learning_rate 3e-5 --lr_scheduler cosine --noise_offset 0.1 --scale_lr false --dataloader_num_workers 0 --seed 0
         --checkpointing_steps 0 --checkpoints_total_limit 1)
 beside plain bash scripts/train/sd15_diffusion_dpo.sh "${common[@]}" --output_dir "$output/plain" \
   --use_winner_preserving false --winner_preserving_mu 0

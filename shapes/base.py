@@ -11,6 +11,7 @@ The base is trained on a mixture of good and poor drawings under the same captio
 preference tuning has something to gain; captions for which held_out() is true are never shown to it.
 """
 
+import json
 import random
 import time
 from argparse import ArgumentParser
@@ -208,6 +209,9 @@ def ship(output: Path) -> None:
     trained = StableDiffusionPipeline.from_pretrained(output / "trained", dtype=torch.float16)
     for name in ("vae", "text_encoder", "unet"):
         getattr(trained, name).save_pretrained(SHIPPED / name)
+        config = json.loads((SHIPPED / name / "config.json").read_text())
+        config.pop("_name_or_path", None)  # a folder of this machine
+        (SHIPPED / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     size = sum(path.stat().st_size for path in SHIPPED.rglob("*.safetensors"))
     print(f"shipped {size / 1e6:.1f} MB in {SHIPPED}")
 

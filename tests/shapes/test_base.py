@@ -55,7 +55,7 @@ def test_the_shipped_base_is_small_and_follows_prompts(tmp_path):
     images = draw_images(pipeline, prompts, num_inference_steps=20)
     assert images[0].size == (32, 32)
     judgements = [judge(image, prompt) for image, prompt in zip(images, prompts)]
-    assert sum(judgement.all_right for judgement in judgements) / len(judgements) > 0.75
+    assert sum(judgement.all_right for judgement in judgements) / len(judgements) >= 0.85
     alone = draw_images(pipeline, prompts[5:6], first_seed=5, num_inference_steps=20)[0]
     difference = np.abs(np.asarray(alone, float) - np.asarray(images[5], float))
     assert difference.mean() < 2  # the noise is the image's own; a batch of another size only rounds differently
