@@ -22,14 +22,14 @@ def test_fsdp2_trains_saves_and_resumes(tiny_sd15, pairs_dir, tmp_path, train):
              "--mixed_precision", "bf16", "--max_train_steps", 2, "--lr_warmup_steps", 0, "--learning_rate", 1e-4,
              "--train_batch_size", 1, "--seed", 1, "--checkpointing_steps", 1]
     prelude = "import tests.training.fsdp_on_cpu"
-    train([*flags, "--output_dir", tmp_path / "whole"], 2, prelude, **environment)
+    train([*flags, "--output_dir", tmp_path / "whole"], 2, prelude=prelude, **environment)
     first = read_metrics(tmp_path / "whole" / "metrics.jsonl")[0]
     assert first["margin_mean"] == first["margin_std"] == 0, "the reference is exact under bf16 and sharding"
     assert first["grad_norm"] > 0
 
     resumed = tmp_path / "resumed"
     continue_from(tmp_path / "whole", resumed, "checkpoint-2")
-    told = train([*flags, "--output_dir", resumed], 2, prelude, **environment)
+    told = train([*flags, "--output_dir", resumed], 2, prelude=prelude, **environment)
     assert "after step 1" in told
     states = [torch.load(folder / "unet.pth", weights_only=True) for folder in (tmp_path / "whole", resumed)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
