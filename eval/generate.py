@@ -31,7 +31,7 @@ from prompts import group_path, read_group
 from training.arguments import parse_words
 from training.compile import check_compiler, compile_blocks
 from training.errors import UserError, run_program
-from training.weights import lora_file
+from training.weights import weights_in
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"
@@ -168,11 +168,8 @@ def model_files(folder: Path) -> list[Path]:
 
 def unet_files(folder: Path) -> list[Path]:
     """What training.weights.load_unet reads of a folder."""
-    if lora := lora_file(folder):
-        return [lora]
-    if (folder / "unet").is_dir():
-        return model_files(folder / "unet")
-    return model_files(folder) if (folder / "config.json").is_file() else [folder / "unet.pth"]
+    found = weights_in(folder)
+    return model_files(found or folder) if found is None or found.is_dir() else [found, folder / "progress.json"]
 
 
 def vae_files(folder: Path) -> list[Path]:

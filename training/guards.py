@@ -129,7 +129,8 @@ class Guards:
                  pairs_per_step: int, first_step: int, record: dict):
         """record: what `record()` gave the checkpoint that the run continues, or {}. Raises UserError when the data is
         not what it was."""
-        if record.get("data", dataset.pairs.digest()) != dataset.pairs.digest() and not args.allow_changed_resume:
+        self.data = dataset.pairs.digest()  # once: it reads every caption
+        if record.get("data", self.data) != self.data and not args.allow_changed_resume:
             raise UserError(f"{args.data_source} has changed since the checkpoint was made (other pairs, or other labels): "
                             "go back to it, choose another --output_dir, or add --allow_changed_resume")
         self.accelerator, self.args, self.dataset, self.pairs_per_step = accelerator, args, dataset, pairs_per_step
@@ -157,7 +158,7 @@ class Guards:
     def record(self, steps_back: int = 0) -> dict:
         """What the checkpoint of this step, or of one that many steps ago, keeps of this."""
         return {"pairs_seen": self.pairs_seen - steps_back * self.pairs_per_step, "bad_pairs": self.bad_pairs,
-                "skipped_steps": self.skipped_steps - steps_back, "data": self.dataset.pairs.digest()}
+                "skipped_steps": self.skipped_steps - steps_back, "data": self.data}
 
     def receive(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A micro-batch as the loader gave it, moved to the device; notes which of its pairs were replaced, and why."""

@@ -135,6 +135,16 @@ def read_unet_init(progress: Path) -> str | None:
     return init if isinstance(init, str) else None
 
 
+def weights_in(folder: Path) -> Path | None:
+    """What load_unet reads of a folder: a diffusers UNet's folder, unet.pth, or LoRA weights, in this order, because the
+    first two of a LoRA run hold its merged model."""
+    if (folder / "unet").is_dir():
+        return folder / "unet"
+    if (folder / "config.json").is_file():
+        return folder
+    return folder / "unet.pth" if (folder / "unet.pth").is_file() else lora_file(folder)
+
+
 def load_unet(base: str | os.PathLike, unet_path: str | os.PathLike | None = None, *, revision: str | None = None,
               cache_dir: str | None = None) -> UNet2DConditionModel:
     """The UNet of the pipeline `base`, with the weights that `unet_path` names put in, in float32.
@@ -145,18 +155,16 @@ def load_unet(base: str | os.PathLike, unet_path: str | os.PathLike | None = Non
     """
     hub = {"revision": revision, "cache_dir": cache_dir}
     path = None if unet_path is None or str(unet_path) == "base" else Path(unet_path)
-    init = None  # what LoRA weights are merged into
+    init = None  # what LoRA weights are merged into, where it is not the base
     if path is not None and path.is_dir():
-        whole = (path / "unet").is_dir() or (path / "config.json").is_file()
-        if whole or not (path / "unet.pth").is_file() and lora_file(path) is None:
-            subfolder = "unet" if (path / "unet").is_dir() else None
-            unet = from_hub(UNet2DConditionModel, path, "the UNet", subfolder=subfolder)
+        found = weights_in(path)
+        if found is None or found.is_dir():
+            unet = from_hub(UNet2DConditionModel, found or path, "the UNet")
             check_same_base(unet, base, str(path), **hub)
             return unet
-        if (path / "unet.pth").is_file():
-            path = path / "unet.pth"  # a checkpoint-STEP folder
-        elif (path / "progress.json").is_file():  # one of a LoRA run, which may have begun from other weights
+        if found.name != "unet.pth" and (path / "progress.json").is_file():  # a checkpoint of a LoRA run
             init = read_unet_init(path / "progress.json")
+        path = found
     if path is not None and not path.exists() and path.suffix not in WEIGHT_FILES:
         return _unet_from_hub_id(base, str(unet_path), hub)  # a pipeline, a bare UNet or LoRA
 
