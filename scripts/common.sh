@@ -20,10 +20,9 @@ count_gpus() { # torch is asked, which takes seconds, only where there is a devi
 
 say() { printf '\n== %s\n' "$*"; }
 
-run() { # print a command as it could be typed, then run it
-  printf '+'; printf ' %q' "$@"; printf '\n'
-  "$@"
-}
+show() { printf '+'; printf ' %q' "$@"; printf '\n'; } # print a command as it could be typed
+
+run() { show "$@"; "$@"; }
 
 make_venv() { # make_venv REQUIREMENTS: .venv with these installed; done once for each content of the file
   local requirements="$ROOT/$1" base stamp

@@ -26,15 +26,17 @@ if [[ "$preset" == spm_* ]]; then program=(-m spm.train); fi
 
 say "$preset on $gpus GPU(s) of this machine, $processes process(es) in all"
 [ "$gpus" -eq 0 ] && echo "no GPU found: this runs on the CPU, which suits only small models"
-run "$PYTHON" -m accelerate.commands.launch --quiet "${launch[@]}" "${program[@]}" \
-  --config "$ROOT/configs/train/$preset.yaml" "${accumulation[@]}" "$@" &
+command=("$PYTHON" -m accelerate.commands.launch --quiet "${launch[@]}" "${program[@]}"
+         --config "$ROOT/configs/train/$preset.yaml" "${accumulation[@]}" "$@")
+show "${command[@]}"
 
-# A signal goes to the training processes, which save and exit 0; their launcher would only kill them, or orphan them.
+# In a session of its own, so that Ctrl-C and a closed terminal reach this script alone. It passes any signal on to the
+# training processes, which save and exit 0; their launcher would only kill them, or orphan them.
+own_session=(); command -v setsid >/dev/null && own_session=(setsid)
+"${own_session[@]}" "${command[@]}" &
 launcher=$! status=0
 training_processes() { "$PYTHON" -c 'import psutil, sys
-for process in psutil.Process(int(sys.argv[1])).children(recursive=True):
-    if "accelerate.commands.launch" in process.cmdline():
-        print(*(child.pid for child in process.children()))' "$launcher"; }
+print(*(child.pid for child in psutil.Process(int(sys.argv[1])).children()))' "$launcher"; }
 trap 'kill -TERM $(training_processes) 2>/dev/null || kill -TERM "$launcher"' TERM INT HUP
 wait "$launcher" || status=$?
 while kill -0 "$launcher" 2>/dev/null; do status=0; wait "$launcher" || status=$?; done
