@@ -107,6 +107,7 @@ def build_world(settings: Settings) -> None:
 
     train, held_out: mean, std (n, 2, 4, 16, 16) of the latents, winners first, and text (n, 77, 64); empty: (77, 64).
     """
+    torch.set_num_threads(settings.workers)  # no run has begun
     output = Path(settings.output)
     pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline())
     world = {"empty": pipeline.encode_prompt("", "cpu", 1, False)[0][0]}

@@ -2,9 +2,10 @@
 
     python -m shapes.preferences --output outputs/preferences --num_pairs 400 --seed 0
 
-Half of the pairs are two drawings by the base model under one caption, ranked by the oracle, with a share of labels
-turned round, as human labels are. The other half are rendered: a clean winner and a slightly flawed loser. Winner and
-loser are close in both, so that their gradients agree: there plain Diffusion-DPO is said to harm the winner.
+Half of the pairs are drawn by the base model, four times under one caption: the winner is the drawing that the oracle
+likes best, the loser another of them, and a share of labels is turned round, as human labels are. The other half are
+rendered: a clean winner and a slightly flawed loser. Winner and loser are close in both, so that their gradients agree:
+there plain Diffusion-DPO is said to harm the winner.
 """
 
 import os
@@ -22,6 +23,7 @@ from shapes.pipeline import base_pipeline, draw_images
 from training.errors import UserError, run_program
 
 LABEL_NOISE = 0.1  # share of generated pairs whose label is turned round
+CANDIDATES = 4  # images drawn for a generated pair
 FLAW_STRENGTH = (0.15, 0.5)  # of a rendered loser
 BASE_NAME = "shapes/base"
 
@@ -38,14 +40,14 @@ def write_preferences(folder: str | os.PathLike, num_pairs: int, seed: int = 0, 
     rng = random.Random(seed)
     prompts = [caption(sample_drawing(rng, unseen)) for _ in range(num_pairs // 2)]
     pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline())
-    images = draw_images(pipeline, [prompt for prompt in prompts for _ in range(2)], seed * 1_000_003,
+    images = draw_images(pipeline, [prompt for prompt in prompts for _ in range(CANDIDATES)], seed * 1_000_003,
                          num_inference_steps)
     rows = []
-    for prompt, first, second in zip(prompts, images[::2], images[1::2]):
-        first_wins = judge(first, prompt).score > judge(second, prompt).score
+    for index, prompt in enumerate(prompts):
+        ranked = sorted(images[index * CANDIDATES:(index + 1) * CANDIDATES], key=lambda image: judge(image, prompt).score)
+        winner, loser = ranked[-1], rng.choice(ranked[:-1])
         if rng.random() < LABEL_NOISE:
-            first_wins = not first_wins
-        winner, loser = (first, second) if first_wins else (second, first)
+            winner, loser = loser, winner
         rows.append(pair_row(prompt, winner, loser, rng) | {"model_0": BASE_NAME, "model_1": BASE_NAME})
     for index in range(num_pairs - len(rows)):
         drawing = sample_drawing(rng, unseen)
