@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 import training.spo
 from losses import preference_loss
-from training.arguments import TrainArguments, names_given, parse_arguments
+from training.arguments import TrainArguments, names_given, parse_arguments, warn
 from training.checkpoints import (find_checkpoint, load_checkpoint, register_hooks, save_checkpoint,
                                   read_progress, save_result, write_run_file)
 from training.cached_dataset import CachedDataset, check_cache
@@ -90,6 +90,8 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
 
     # 4. Optimizer and schedule.
     pairs_per_step = accelerator.num_processes * args.train_batch_size * args.gradient_accumulation_steps
+    if pairs_per_step > len(pairs):
+        warn(f"a step takes {pairs_per_step} pairs, and there are {len(pairs)}: lower --gradient_accumulation_steps")
     max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(pairs) / pairs_per_step)
     lr = effective_learning_rate(args, accelerator.num_processes)
     trainable = [parameter for parameter in models.policy.parameters() if parameter.requires_grad]
@@ -152,6 +154,7 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
         if args.checkpointing_steps and done % args.checkpointing_steps == 0 and done < max_steps:
             save_checkpoint(accelerator, policy, lr_scheduler, done, args, record=guards.record())
             saved_step = done
+            throughput.restart()
         stop_at = guards.stop_after(done)
         if stop_at is not None and (stop_at < max_steps or not finite):
             if saved_step != stop_at:
@@ -162,6 +165,7 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
             if main_process:
                 validate(models, unwrapped, args, accelerator, done)
             accelerator.wait_for_everyone()
+            throughput.restart()
 
     # 7. The result: a last checkpoint, unet.pth, and a pipeline that diffusers opens.
     if saved_step < max_steps:

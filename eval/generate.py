@@ -31,6 +31,7 @@ from prompts import group_path, read_group
 from training.arguments import parse_words
 from training.compile import check_compiler, compile_blocks
 from training.errors import UserError, run_program
+from training.lock import hold
 from training.weights import weights_in
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
@@ -218,6 +219,7 @@ def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
         for path in (group.manifest, group.manifest.with_suffix(".zip")):
             path.unlink(missing_ok=True)
     make_folder(group.folder, "--output_dir")
+    hold(group.folder)
     settings = group.folder / SETTINGS_FILE
     if settings.exists():
         before = read_json(settings)

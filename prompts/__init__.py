@@ -1,4 +1,4 @@
-"""Prompt groups: JSON lists of {"prompt": ...}, read by name (prompts/NAME.json) or by path."""
+"""Prompt groups: JSON lists of {"prompt": ...}, read by name (prompts/NAME.json) or by path; or text, one prompt a line."""
 
 import json
 import os
@@ -12,14 +12,14 @@ PROMPTS = Path(__file__).parent
 def group_path(name_or_path: str | os.PathLike) -> Path:
     """prompts/NAME.json for a bare name, else the path itself."""
     name = str(name_or_path)
-    return PROMPTS / f"{name}.json" if Path(name).name == name and not name.endswith(".json") else Path(name)
+    return PROMPTS / f"{name}.json" if Path(name).name == name and not name.endswith((".json", ".txt")) else Path(name)
 
 
 def read_group(name_or_path: str | os.PathLike) -> list[str]:
     """The prompts of a group, in order.
 
     Raises UserError, with the line of the fault, when the file is no JSON list of {"prompt": non-empty text} (a list of
-    bare strings will do), and when it is missing or empty.
+    bare strings will do) or a .txt file of one prompt a line, and when it is missing or empty.
     """
     path = group_path(name_or_path)
     try:
@@ -30,6 +30,11 @@ def read_group(name_or_path: str | os.PathLike) -> list[str]:
                         f"here are {', '.join(built)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    if path.suffix == ".txt":
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+        if not prompts:
+            raise UserError(f"{path} lists no prompt")
+        return prompts
     return parse_group(text, str(path))
 
 

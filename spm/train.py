@@ -29,7 +29,7 @@ from transformers import HfArgumentParser
 from losses.spo import clean_and_noise
 from spm.data import LabelledPairs
 from spm.model import EVALUATION_TIMESTEPS, StepAwarePreferenceModel, load_spm, load_spm_tokenizer
-from training.arguments import config_files, option, parse_words, yaml_to_argv
+from training.arguments import config_files, option, parse_words, warn, yaml_to_argv
 from training.checkpoints import (find_checkpoint, load_checkpoint, policy_state, read_progress, register_hooks,
                                   save_checkpoint, save_weights, write_run_file, write_whole)
 from training.data import load_table, tokenize
@@ -37,14 +37,16 @@ from training.diffusion import encode_images, winners_first
 from training.draws import PairStream
 from training.errors import UserError, run_program
 from training.guidance import condition_on_prompts, decode_latents, guided_prediction
-from training.guards import allowed_bad_pairs
-from training.launch import COMPUTE_DTYPES, identify_run, start_accelerator, tracker_config
+from training.guards import allowed_bad_pairs, is_finite
+from training.launch import COMPUTE_DTYPES, identify_run, start_accelerator, take_step, tracker_config
 from training.logs import StepScalars, peak_memory_gb
 from training.models import (Models, cast_compute_weights, check_conditioning, load_frozen_encoders,
                              load_tokenizers_and_scheduler)
+from training.signals import StopSignal, outlive_signals
 from training.weights import load_unet
 
 WEIGHTS_FILE = "step-aware_preference_model.bin"
+MAX_NONFINITE_STEPS = 10  # in a row
 
 
 @dataclass
@@ -218,7 +220,7 @@ def accuracies(spm: StepAwarePreferenceModel, restorer: Restorer, pairs: Labelle
     return {f"accuracy_t{t}": float(value / decided) for t, value in zip(EVALUATION_TIMESTEPS, right)}
 
 
-def train(args: SPMArguments) -> None:
+def train(args: SPMArguments, stop: StopSignal) -> None:
     # 1. The run, and the small files of its models.
     accelerator = start_accelerator(args)
     device, main_process, world = accelerator.device, accelerator.is_main_process, accelerator.num_processes
@@ -286,8 +288,8 @@ def train(args: SPMArguments) -> None:
     stream = PairStream(len(pairs), args.train_batch_size, accelerator.process_index, world, args.seed, shuffle=True,
                         first_micro_step=first_step * accumulation, last_micro_step=args.max_train_steps * accumulation)
     micro_batches = iter(DataLoader(pairs, batch_sampler=stream, num_workers=args.dataloader_num_workers,
-                                    pin_memory=device.type == "cuda"))
-    scalars, saved_step = StepScalars(), first_step
+                                    pin_memory=device.type == "cuda", worker_init_fn=outlive_signals))
+    scalars, saved_step, skipped = StepScalars(), first_step, 0
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="spm",
                unit="step", disable=not accelerator.is_local_main_process, dynamic_ncols=True)
     for step in bar:
@@ -306,24 +308,37 @@ def train(args: SPMArguments) -> None:
             agreement = ((scores[0] - scores[1]).sign() * (labels * 2 - 1).sign()).detach()
             scalars.add({"train_loss": loss.detach(), "accuracy": ((agreement + 1) / 2).mean()})
         grad_norm = accelerator.clip_grad_norm_(spm.parameters(), args.max_grad_norm)
-        optimizer.step()
-        if not accelerator.optimizer_step_was_skipped:
-            lr_scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
         done = step + 1
-        logs = scalars.reduce(accelerator, grad_norm=grad_norm if grad_norm is not None else 0.0, bad_pairs=replaced)
+        logs = scalars.reduce(accelerator, grad_norm=grad_norm if grad_norm is not None else 0.0, bad_pairs=replaced,
+                              stop_share=float(stop.name is not None))
+        finite = is_finite(accelerator, logs)
+        take_step(accelerator, optimizer, lr_scheduler, finite)
+        skipped = 0 if finite else skipped + 1
+        if not finite and main_process:
+            warn(f"step {done} is skipped: loss {logs['train_loss']:g}, gradient norm {logs['grad_norm']:g} ({skipped} in a row)")
         bad_pairs += round(logs["bad_pairs"] * world)
         logs["bad_pairs"] = bad_pairs
+        stopped_by_signal = logs.pop("stop_share") > 0
         accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0], "peak_memory_gb": peak_memory_gb(device)}, step=done)
         bar.set_postfix(loss=f"{logs['train_loss']:.4g}", acc=f"{logs['accuracy']:.3g}")
-        too_many = bad_pairs > allowed_bad_pairs(done * per_step, args.max_bad_fraction)
-        if too_many and done < args.max_train_steps:
-            stopped_at = save_checkpoint(accelerator, wrapped, lr_scheduler, done, args, WEIGHTS_FILE,
-                                         {"bad_pairs": bad_pairs})
+        too_many_bad = bad_pairs > allowed_bad_pairs(done * per_step, args.max_bad_fraction)
+        never_finite = skipped >= MAX_NONFINITE_STEPS
+        if never_finite or (too_many_bad or stopped_by_signal) and done < args.max_train_steps:
+            good = done - skipped if never_finite else done  # skipped steps left the model as it was
+            if saved_step < good:
+                save_checkpoint(accelerator, wrapped, lr_scheduler, good, args, WEIGHTS_FILE, {"bad_pairs": bad_pairs})
             accelerator.end_training()
-            raise UserError(f"{bad_pairs} of {done * per_step} pairs could not be used, more than --max_bad_fraction "
-                            f"{args.max_bad_fraction:g}: {stopped_at} is saved. python -m training.check_data names "
-                            "them; raise the bound to train on regardless")
+            kept = f"{Path(args.output_dir, f'checkpoint-{good}')} is saved" if good else "nothing was learned"
+            if never_finite:
+                raise UserError(f"neither loss nor gradient was finite in {skipped} steps in a row: {kept}; lower "
+                                "--learning_rate, or train in bf16, and continue with --allow_changed_resume")
+            if too_many_bad:
+                raise UserError(f"{bad_pairs} of {done * per_step} pairs could not be used, more than --max_bad_fraction "
+                                f"{args.max_bad_fraction:g}: {kept}. python -m training.check_data names them; raise "
+                                "the bound to train on regardless")
+            if main_process:
+                print(f"Stopped by {stop.name or 'a signal'}: {kept}, the same command continues from it", flush=True)
+            return
         if done % args.validation_steps == 0 or done == args.max_train_steps:
             validate(done)
         if args.checkpointing_steps and done % args.checkpointing_steps == 0 and done < args.max_train_steps:
@@ -352,7 +367,9 @@ def add_accuracies(output_dir: Path, step: int, found: dict[str, float]) -> None
 def main() -> None:
     for library in (datasets, diffusers.utils.logging, transformers.utils.logging):
         (getattr(library, "disable_progress_bar", None) or library.disable_progress_bars)()  # ours is the run's
-    train(parse_spm_arguments())
+    args = parse_spm_arguments()
+    with StopSignal() as stop:
+        train(args, stop)
 
 
 if __name__ == "__main__":

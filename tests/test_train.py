@@ -65,7 +65,8 @@ def test_two_processes_give_the_parameters_of_one_with_twice_the_batch(tiny_sd15
 def test_lora_trains_resumes_and_merges(tiny_sdxl, pairs_dir, tmp_path, train):
     flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--sdxl", "--train_data_dir", pairs_dir, *SMALL,
              "--lora_rank", 4, "--seed", 1, "--train_batch_size", 2, "--max_train_steps", 3, "--learning_rate", 1e-2,
-             "--optimizer", "adamw", "--checkpointing_steps", 2, "--validation_prompts", "a red circle", "a <blue> square"]
+             "--optimizer", "adamw", "--checkpointing_steps", 2, "--validation_prompts", "a red circle", "a <blue> square",
+             "--validation_guidance", 3, "--validation_inference_steps", 4]
     output = tmp_path / "out"
     train([*flags, "--output_dir", output])
     resumed = tmp_path / "resumed"

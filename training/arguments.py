@@ -113,6 +113,8 @@ class TrainArguments:
     tracker_project_name: str = option("tuning", "project name in the tracker")
     validation_prompts: list[str] = option([], "prompts drawn by policy and reference from the same noise")
     validation_steps: int = option(500, "optimizer steps between validations")
+    validation_guidance: float = option(7.5, "guidance scale of the validation images, in diffusers' sense")
+    validation_inference_steps: int = option(30, "Euler steps of the validation images")
     push_to_hub: bool = option(False, "upload the trained pipeline, with a model card")
     hub_model_id: str | None = option(None, "repository to push to (default: the name of output_dir)")
     local_rank: int = option(-1, "accepted and ignored: accelerate knows the rank")
@@ -159,7 +161,13 @@ def yaml_to_argv(path: str, known: list[str]) -> list[str]:
 
 def parse_words(parser: HfArgumentParser, argv: list[str] | None = None) -> list:
     """The parser's dataclasses (and its namespace, where it has one) from the command line. Raises UserError for words
-    that are no option."""
+    that are no option, and for values that do not fit one."""
+    files = config_files(sys.argv[1:] if argv is None else argv)
+
+    def refuse(message: str):
+        raise UserError(message + (f" (on the command line or in {', '.join(files)})" if files else "") + "; see --help")
+
+    parser.error = refuse  # argparse's own prints every option's name first
     *parsed, left = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if left:
         name = left[0].split("=")[0]
@@ -217,7 +225,7 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
             flag = {"beta": "beta_dpo"}.get(str(error).split()[0], str(error).split()[0])
             raise UserError(f"--{flag}: {error}") from None
     for name in ("train_batch_size", "gradient_accumulation_steps", "resolution", "validation_steps",
-                 "max_nonfinite_steps"):
+                 "validation_inference_steps", "max_nonfinite_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("lora_rank", "max_train_steps", "lr_warmup_steps", "checkpointing_steps", "dataloader_num_workers",
@@ -225,7 +233,7 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must be a number of at least 0, not {getattr(args, name)}")
     for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "watch_winner_rise", "watch_margin",
-                 "process_timeout"):
+                 "process_timeout", "validation_guidance"):
         value = getattr(args, name)
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"--{name} must be a finite number above 0, not {value}")
@@ -305,8 +313,8 @@ def _warn_of_ignored(args: TrainArguments, given: set[str]) -> None:
     if args.use_adafactor:
         ignored("max_grad_norm", "--use_adafactor turns clipping off, as published")
     ignored("hard_skip_resume", "resuming never replays the data")
-    if args.lr_warmup_steps > args.max_train_steps > 0:
-        warn(f"--lr_warmup_steps {args.lr_warmup_steps} is more than --max_train_steps {args.max_train_steps}: "
+    if args.lr_warmup_steps >= args.max_train_steps > 0:
+        warn(f"--lr_warmup_steps {args.lr_warmup_steps} is not below --max_train_steps {args.max_train_steps}: "
              "the learning rate never reaches its peak")
 
 

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 
 from training.arguments import TrainArguments, warn
 from training.errors import UserError, first_line, printable
+from training.lock import hold
 from training.weights import LORA_FILE, load_strictly, load_unet, merge_lora, read_state_dict
 
 MANIFEST, PROGRESS, RUN_FILE = "manifest.json", "progress.json", "run.json"
@@ -200,12 +201,15 @@ def claim_output_dir(args, accelerator: Accelerator) -> None:
 
 
 def write_run_file(args, accelerator: Accelerator) -> None:
-    """Create output_dir and its run.json; every process must call this. Raises UserError, on all alike."""
+    """Create output_dir and its run.json, and hold it against other programs; every process must call this. Raises UserError, on all alike."""
     output_dir, problem = Path(args.output_dir), None
     if accelerator.is_main_process:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
+            hold(output_dir)
             write_whole(output_dir / RUN_FILE, json.dumps(run_settings(args, accelerator), indent=1))
+        except UserError as error:
+            problem = str(error)
         except OSError as error:
             problem = f"cannot write to --output_dir {args.output_dir}: {error.strerror}"
     raise_together(accelerator, problem)

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -274,7 +275,7 @@ def make_loader(dataset: PairDataset, args: TrainArguments, rank: int, world_siz
                         last_micro_step=last_step * accumulation)
     if pairs_seen is not None:
         stream.origin = pairs_seen - first_step * accumulation * world_size * args.train_batch_size
-    workers = args.dataloader_num_workers
+    workers = min(args.dataloader_num_workers, os.cpu_count() or 1)
     return DataLoader(dataset, batch_sampler=stream, num_workers=workers, pin_memory=pin_memory,
                       persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
                       worker_init_fn=outlive_signals)

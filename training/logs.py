@@ -73,10 +73,14 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
 
 
 class Throughput:
-    """Pairs a second of all processes since the last call."""
+    """Pairs a second of all processes since the last call, or since restart()."""
 
     def __init__(self, pairs_per_step: int):
         self.pairs_per_step = pairs_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what the time since the last call went into."""
         self.last = time.perf_counter()
 
     def __call__(self) -> float:

@@ -8,13 +8,12 @@ from accelerate import Accelerator
 from diffusers import (AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline,
                        StableDiffusionXLPipeline)
 from PIL import Image
+from tqdm.auto import tqdm
 
 from training.arguments import TrainArguments
 from training.draws import seeded_generator
 from training.models import Models, adapters_off, on_device
 from training.weights import from_hub
-
-STEPS, GUIDANCE = 30, 7.5
 
 
 def make_pipeline(models: Models, unet, args: TrainArguments, device: torch.device) -> DiffusionPipeline:
@@ -40,9 +39,9 @@ def draw(pipeline: DiffusionPipeline, unet, prompt: str, seed: int, args: TrainA
          accelerator: Accelerator) -> Image.Image:
     pipeline.unet = unet
     with accelerator.autocast():
-        return pipeline(prompt, height=args.resolution, width=args.resolution, num_inference_steps=STEPS,
-                        guidance_scale=GUIDANCE, negative_prompt="",
-                        generator=seeded_generator(seed, 3)).images[0]
+        return pipeline(prompt, height=args.resolution, width=args.resolution, negative_prompt="",
+                        num_inference_steps=args.validation_inference_steps,
+                        guidance_scale=args.validation_guidance, generator=seeded_generator(seed, 3)).images[0]
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:
@@ -76,6 +75,7 @@ def validate(models: Models, policy, args: TrainArguments, accelerator: Accelera
         side_by_side(images).save(paths[-1])
         (folder / f"{number}.txt").write_text(prompt, encoding="utf-8")
     policy.train(was_training)
+    tqdm.write(f"step {step}: images of --validation_prompts (reference left, policy right) in {folder}")
     show_in_trackers(accelerator, paths, args.validation_prompts, step)
     return paths
 

@@ -108,3 +108,11 @@ def test_our_own_groups(capsys):
         parse(prompt)  # every one is a caption of the shapes world
     ignored = (PROMPTS / ".gitignore").read_text().split()
     assert {"papv2.json", "hpsv2.json", "partiprompts.json"} <= set(ignored)
+
+
+def test_a_text_file_has_one_prompt_a_line(tmp_path):
+    (tmp_path / "own.txt").write_text("a red circle\n\n  a [blue] square \r\n", encoding="utf-8")
+    assert read_group(tmp_path / "own.txt") == ["a red circle", "a [blue] square"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="lists no prompt"):
+        read_group(tmp_path / "empty.txt")

@@ -15,6 +15,7 @@ from spm.model import EVALUATION_TIMESTEPS, load_spm
 from spm.train import labels_from_scores, parse_spm_arguments, preference_cross_entropy, train
 from training.checkpoints import read_progress
 from training.errors import UserError
+from training.signals import StopSignal
 
 
 def test_cross_entropy_of_soft_labels():
@@ -113,14 +114,15 @@ def test_program_trains_reports_accuracies_resumes_and_its_file_loads(tiny_sd15,
     pq.write_table(rows.slice(0, 16), data / "train-00000.parquet")
     pq.write_table(rows.slice(16, 8), data / "validation-00000.parquet")
 
-    def run(output, steps, **options):
+    def run(output, steps, stop=None, **options):
         options = dict(
             pretrained_model_name_or_path=tiny_sd15, train_data_dir=data, validation_split="validation", resolution=64,
             spm_clip=clip, spm_tokenizer=clip, train_batch_size=2, max_train_steps=steps, learning_rate=1e-3,
             dataloader_num_workers=0, lr_warmup_steps=0, mixed_precision="no", report_to="none", seed=0,
             output_dir=output, checkpointing_steps=2) | options
         train(parse_spm_arguments(["--config", "configs/train/spm_sd15.yaml",
-                                   *(str(word) for name, value in options.items() for word in (f"--{name}", value))]))
+                                   *(str(word) for name, value in options.items() for word in (f"--{name}", value))]),
+              stop or StopSignal())
         return torch.load(output / "step-aware_preference_model.bin", weights_only=True)
 
     spoilt, images = tmp_path / "spoilt", rows.column("jpg_0").to_pylist()
@@ -142,6 +144,17 @@ def test_program_trains_reports_accuracies_resumes_and_its_file_loads(tiny_sd15,
         folder.rename(tmp_path / "gone")
     again = run(tmp_path / "spm", 3, relabel_threshold=0.1)  # from checkpoint-2
     assert all(torch.equal(state[key], again[key]) for key in state)
+
+    signalled = StopSignal()
+    signalled.name = "SIGTERM"
+    with pytest.raises(FileNotFoundError):  # it ended after its first step, with a checkpoint and no result
+        run(tmp_path / "stopped", 3, signalled, relabel_threshold=0.1)
+    assert [folder.name for folder in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-1"]
+    again = run(tmp_path / "stopped", 3, relabel_threshold=0.1)
+    assert all(torch.equal(state[key], again[key]) for key in state)
+
+    with pytest.raises(UserError, match="neither loss nor gradient was finite in 10 steps.*checkpoint-1 is saved"):
+        run(tmp_path / "wild", 30, learning_rate=1e30, validation_split="none", checkpointing_steps=1)
 
     loaded = load_spm(clip, tmp_path / "spm" / "step-aware_preference_model.bin").state_dict()
     untrained = load_spm(clip).state_dict()

@@ -63,6 +63,7 @@ def test_no_data_is_an_error_that_names_both_ways():
     (["--winner_preserving_mu", "0.5"], "the safeguard is off"),
     (["--sft", "--beta_dpo", "10"], "--beta_dpo does nothing"),
     (["--max_train_steps", "10"], "never reaches its peak"),
+    (["--max_train_steps", "500"], "never reaches its peak"),
     (["--hard_skip_resume"], "never replays"),
     (["--num_train_epochs", "3"], "--max_train_steps counts"),
     (["--optimizer", "sgd", "--adam_beta1", "0.5"], "not AdamW"),
@@ -100,6 +101,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     ("beta_dpo: [1, [2]]\n", ["beta_dpo"]),
     ("beta_dpo: {a: 1}\n", ["beta_dpo"]),
     ("a: : b\n", ["cannot read"]),
+    ("beta_dpo: strong\n", ["--beta_dpo", "strong", "c.yaml"]),
     ("!!python/object/apply:os.system ['false']\n", ["cannot read"]),
 ])
 def test_a_faulty_file_is_one_line(text, words, tmp_path):

@@ -1,0 +1,37 @@
+"""A folder has one program at a time, and a killed one's is free at once."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from training.errors import UserError
+from training.lock import hold
+
+HOLDER = """
+import os, sys, time
+from training.lock import hold
+hold(sys.argv[1])
+if os.fork() == 0:  # as a data worker, which outlives its killed parent for a while
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+time.sleep(60)
+"""
+
+
+def test_another_program_is_refused_until_the_holder_is_gone(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(UserError, match="another program is at work"):
+            hold(tmp_path)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        os.kill(child, 0)  # the worker lives
+        hold(tmp_path)
+        hold(tmp_path)  # one's own is no hindrance
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
