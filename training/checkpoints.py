@@ -39,8 +39,9 @@ MANIFEST, PROGRESS, RUN_FILE = "manifest.json", "progress.json", "run.json"
 FREE_SETTINGS = {
     "cache_dir", "dataloader_num_workers", "max_train_steps", "num_train_epochs", "output_dir", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_resume", "hard_skip_resume", "logging_dir",
-    "report_to", "tracker_project_name", "validation_prompts", "validation_steps", "push_to_hub", "hub_model_id",
-    "local_rank", "gradient_checkpointing", "metrics_config", "max_bad_fraction", "max_nonfinite_steps",
+    "report_to", "tracker_project_name", "validation_prompts", "validation_steps", "validation_guidance",
+    "validation_inference_steps", "push_to_hub", "hub_model_id", "local_rank",
+    "gradient_checkpointing", "metrics_config", "max_bad_fraction", "max_nonfinite_steps",
     "watch_winner_rise", "watch_margin", "process_timeout", "cached_dataset", "compile",
     "channels_last", "offload_reference",
 }
