@@ -29,9 +29,9 @@ run "$PYTHON" -m shapes.quickstart prepare --output "$output" --num_pairs 96
 
 say "2 of 5: Diffusion-DPO, plain and with the safeguard"
 common=(--pretrained_model_name_or_path "$output/base" --train_data_dir "$output/pairs" --resolution 32 --no_hflip
-        --mixed_precision no --train_batch_size 16 --gradient_accumulation_steps 1 --max_train_steps 40
-        --lr_warmup_steps 5 --learning_rate 3e-5 --lr_scheduler cosine --noise_offset 0.1 --scale_lr false --dataloader_num_workers 0 --seed 0
-        --checkpointing_steps 0 --checkpoints_total_limit 1)
+        --mixed_precision no --train_batch_size 16 --gradient_accumulation_steps 1 --max_train_steps 80
+        --lr_warmup_steps 8 --learning_rate 3e-5 --lr_scheduler cosine --noise_offset 0.1 --scale_lr false
+        --dataloader_num_workers 0 --seed 0 --checkpointing_steps 0 --checkpoints_total_limit 1)
 beside plain bash scripts/train/sd15_diffusion_dpo.sh "${common[@]}" --output_dir "$output/plain" \
   --use_winner_preserving false --winner_preserving_mu 0
 run bash scripts/train/sd15_diffusion_dpo.sh "${common[@]}" --output_dir "$output/safeguarded"
@@ -42,7 +42,7 @@ run "$PYTHON" -m shapes.quickstart table plain safeguarded --output "$output"
 
 say "4 of 5: images of the prompt group 'shapes', by the base and by the safeguarded model"
 generate=(--pretrained_model_name_or_path "$output/base" --prompts shapes --height 32 --width 32 --num_inference_steps 30
-          --cfg 2.5 --limit 24 --batch_size 24 --mixed_precision no --no_zip)
+          --cfg_convention diffusers --cfg 1.5 --limit 24 --batch_size 24 --mixed_precision no --no_zip)
 beside base "$PYTHON" -m eval.generate --unet_path "$output/base/unet" --output_dir "$output/eval/base" "${generate[@]}"
 run "$PYTHON" -m eval.generate --unet_path "$output/safeguarded/unet.pth" --output_dir "$output/eval/safeguarded" "${generate[@]}"
 join base

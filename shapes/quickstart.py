@@ -16,15 +16,14 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from eval.metrics.tiny import write_tiny_metrics
+from prompts import read_group
 from shapes.oracle import judge
 from shapes.pipeline import base_pipeline, draw_images
 from shapes.preferences import write_preferences
 from training.errors import UserError, run_program
 from training.logs import read_metrics
 
-PROMPTS = ["a red circle on a blue background", "a yellow cross on a green background",
-           "a blue square on a white background", "a green triangle on a yellow background",
-           "a purple circle on a black background", "a white square on a red background"]
+PROMPTS = read_group("shapes")[:8]
 LAST_STEPS = 10  # the table's figures are means over these
 SCALE = 4
 

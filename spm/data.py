@@ -53,7 +53,8 @@ class LabelledPairs(Dataset):
     def _pairs_of_each_prompt(self) -> np.ndarray:
         """Pick-a-Pic's own count (its published splits leave pairs out), else the rows that share the caption."""
         if "num_example_per_prompt" in self.table.column_names:
-            return column_values(self.table, "num_example_per_prompt")[self.index].astype(float).clip(min=1)
+            counts = column_values(self.table, "num_example_per_prompt")[self.index].astype(float)
+            return np.nan_to_num(counts, nan=1.0).clip(min=1)
         _, inverse, counts = np.unique(column_values(self.table, self.caption_column)[self.index].astype(str),
                                        return_inverse=True, return_counts=True)
         return counts[inverse].astype(float)

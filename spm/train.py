@@ -198,7 +198,7 @@ def on_device(batch: dict, device: torch.device) -> dict:
 def accuracies(spm: StepAwarePreferenceModel, restorer: Restorer, pairs: LabelledPairs, batch_size: int,
                accelerator: Accelerator) -> dict[str, float]:
     """Share of decided pairs whose preferred image scores higher, at each evaluation timestep (an exact tie counts one
-    half); pairs that cannot be used do not count. Every process must call this."""
+    half); pairs that cannot be used do not count; {} where no pair is decided. Every process must call this."""
     rank, world = accelerator.process_index, accelerator.num_processes
     own = [(index, index) for index in range(rank, len(pairs), world)]
     batches = [own[start:start + batch_size] for start in range(0, len(own), batch_size)]
@@ -217,6 +217,8 @@ def accuracies(spm: StepAwarePreferenceModel, restorer: Restorer, pairs: Labelle
             agreement = sign * (scores[0] - scores[1]).sign()
             right[row] += ((agreement + 1) / 2)[sign != 0].sum()
     right, decided = (accelerator.reduce(tensor, reduction="sum") for tensor in (right, decided))
+    if decided == 0:
+        return {}
     return {f"accuracy_t{t}": float(value / decided) for t, value in zip(EVALUATION_TIMESTEPS, right)}
 
 
@@ -275,7 +277,9 @@ def train(args: SPMArguments, stop: StopSignal) -> None:
         found = accuracies(accelerator.unwrap_model(wrapped), restorer, validation, args.train_batch_size, accelerator)
         wrapped.train()
         accelerator.log(found, step=step)
-        if main_process:
+        if main_process and not found:
+            warn(f"no pair of {args.validation_split} is decided: there is no accuracy to report")
+        elif main_process:
             add_accuracies(Path(args.output_dir), step, found)
             shown = "  ".join(f"t={t} {found[f'accuracy_t{t}']:.3f}" for t in EVALUATION_TIMESTEPS)
             print(f"step {step}: accuracy on {len(validation)} pairs of {args.validation_split}: {shown}", flush=True)

@@ -47,8 +47,8 @@ def test_pairs_keep_ties_order_and_their_prompts_weight(table):
     item = pairs[3, 5]
     assert item["pixel_values"].shape == (2, 3, 64, 64) and item["caption"] == captions[5]
     assert torch.equal(item["noise"], pairs[3, 6]["noise"]) and not torch.equal(item["noise"], pairs[4, 5]["noise"])
-    counted = table.add_column("num_example_per_prompt", [4] * len(table))
-    assert set(LabelledPairs(counted, "caption", 64, (4, 8, 8), 0, "here").weights) == {0.25}
+    counted = table.add_column("num_example_per_prompt", [None] + [4] * (len(table) - 1))
+    assert set(LabelledPairs(counted, "caption", 64, (4, 8, 8), 0, "here").weights) == {1.0, 0.25}
 
 
 def test_odd_pairs_are_refused(table):
