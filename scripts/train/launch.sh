@@ -19,7 +19,9 @@ launch=(--config_file "${ACCELERATE_CONFIG:-$ROOT/configs/accelerate/$config.yam
 
 # The published effective batch of 2048 pairs on any number of processes: batch 8, so 256 / processes accumulated.
 accumulation=()
-if [[ "$preset" != *_spo && "$preset" != spm_* ]]; then accumulation=(--gradient_accumulation_steps "$(( 256 / processes > 0 ? 256 / processes : 1 ))"); fi
+if [[ "$preset" != *_spo && "$preset" != spm_* && " $*" != *" --gradient_accumulation_steps"* ]]; then
+  accumulation=(--gradient_accumulation_steps "$(( 256 / processes > 0 ? 256 / processes : 1 ))")
+fi
 
 program=("$ROOT/train.py")
 if [[ "$preset" == spm_* ]]; then program=(-m spm.train); fi
