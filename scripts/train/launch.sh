@@ -29,13 +29,13 @@ if [[ "$preset" == spm_* ]]; then program=(-m spm.train); fi
 say "$preset on $gpus GPU(s) of this machine, $processes process(es) in all"
 [ "$gpus" -eq 0 ] && echo "no GPU found: this runs on the CPU, which suits only small models"
 command=("$PYTHON" -m accelerate.commands.launch --quiet "${launch[@]}" "${program[@]}"
-         --config "$ROOT/configs/train/$preset.yaml" "${accumulation[@]}" "$@")
+         --config "$ROOT/configs/train/$preset.yaml" ${accumulation[@]+"${accumulation[@]}"} "$@")  # bash 3.2 knows no empty array
 show "${command[@]}"
 
 # In a session of its own, so that Ctrl-C and a closed terminal reach this script alone. It passes any signal on to the
 # training processes, which save and exit 0; their launcher would only kill them, or orphan them.
 own_session=(); command -v setsid >/dev/null && own_session=(setsid)
-"${own_session[@]}" "${command[@]}" &
+${own_session[@]+"${own_session[@]}"} "${command[@]}" &
 launcher=$! status=0
 training_processes() { "$PYTHON" -c 'import psutil, sys
 print(*(child.pid for child in psutil.Process(int(sys.argv[1])).children()))' "$launcher"; }
