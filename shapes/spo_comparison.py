@@ -75,7 +75,7 @@ class Settings:
     output: str = field(default="outputs/spo", metadata={"help": "folder for runs and report"})
     base: str | None = field(default=None, metadata={"help": "another pipeline than the shapes world's base"})
     smoke: bool = field(default=False, metadata={"help": "tiny budgets: does everything run?"})
-    seconds: float = field(default=180.0, metadata={"help": "processor seconds of training of each run"})
+    seconds: float = field(default=90.0, metadata={"help": "processor seconds of training of each run"})
     points: int = field(default=6, metadata={"help": "judgements of each run, evenly over its time"})
     seeds: int = field(default=2, metadata={"help": "final runs of each method"})
     offline_rates: list[float] = field(default_factory=lambda: [5e-6, 2e-5, 8e-5], metadata={"help": "the grid"})
