@@ -430,7 +430,10 @@ def main() -> None:
         build_world(settings)
     with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
         rates, instruments = experiment(settings, pool)
-    write_report(settings, rates, instruments, minutes=(time.time() - start) / 60)
+    spent = Path(settings.output, "minutes.json")  # of all calls that did a part
+    minutes = (time.time() - start) / 60 + (json.loads(spent.read_text()) if spent.is_file() else 0.0)
+    write_json(spent, minutes)
+    write_report(settings, rates, instruments, minutes)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ differences are paired by seed); with one seed there is none, and every claim st
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
@@ -30,7 +30,7 @@ class Section:
     text: str
     header: list[str]
     rows: list[list[str]]
-    image: str | None = None
+    images: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ class Results:
         return self.rates["common"].get(method, self.rates["own"][method, variant]) if which == "common" \
             else self.rates["own"][method, variant]
 
+    def rates_differ(self, method) -> bool:
+        """Whether any of the method's configurations has another best rate than the method's common one."""
+        return any(own != self.rates["common"][method] for (name, _), own in self.rates["own"].items() if name == method)
+
     def record(self, method, variant, which, seed):
         name = f"{method}_{variant}_lr{self.rate(method, variant, which):g}_seed{seed}".replace(" ", "-")
         if name not in self._records:
@@ -115,7 +119,8 @@ def write_report(settings, rates, instruments: list[Path], minutes: float) -> No
     results = Results(settings, rates)
     sections = [
         _verdicts(results, METHODS),
-        *[_runs(results, METHODS, VARIANTS, which) for which in ("common", "own")],
+        *[_runs(results, METHODS, VARIANTS, which) for which in ("common", "own")
+          if which == "common" or any(results.rates_differ(method) for method in METHODS)],
         _selection(settings, rates),
         _instruments(instruments),
     ]
@@ -129,12 +134,12 @@ def write_report(settings, rates, instruments: list[Path], minutes: float) -> No
         f"pairs, oracle quality on {settings.test_prompts} prompts that the base was never trained on, "
         f"{settings.inference_steps} DDIM steps. The base: oracle score {np.mean(base['score']):.3f}, all attributes "
         f"right in {np.mean(base['all_right']):.1%}, cleanliness {np.mean(base['cleanliness']):.3f}. "
-        f"Brackets are 95% t-intervals over seeds. This call took {minutes:.0f} minutes with {settings.workers} workers.")
+        f"Brackets are 95% t-intervals over seeds. {minutes:.0f} minutes with {settings.workers} workers.")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
     (output / "claims.md").write_text(environment.from_string(MARKDOWN).render(
         introduction=introduction, sections=sections))
-    inline = {section.image: base64.b64encode((output / section.image).read_bytes()).decode()
-              for section in sections if section.image}
+    inline = {image: base64.b64encode((output / image).read_bytes()).decode()
+              for section in sections for image in section.images}
     environment.autoescape = True
     (output / "claims.html").write_text(environment.from_string(HTML).render(
         introduction=introduction, sections=sections, inline=inline))
@@ -145,6 +150,9 @@ def _verdicts(results, methods):
     rows = []
     for which in ("common", "own"):
         for method in methods:
+            if which == "own" and not results.rates_differ(method):
+                continue
+
             def over(variant, value):
                 return results.over_seeds(method, variant, which, value)
 
@@ -154,7 +162,7 @@ def _verdicts(results, methods):
             against_plain = interval(over("safeguarded", quality) - over("plain", quality))
             against_base = interval(over("safeguarded", quality) - np.mean(results.base["score"]))
             against_fixed = interval(over("safeguarded", quality) - over("fixed lambda", quality))
-            where = [method, f"{which} rate"]
+            where = [method, which if results.rates_differ(method) else "common and own"]
             rows += [
                 ["plain raises the winner's error", *where, rise.show(4, sign=True), verdict(rise, 0)],
                 ["the safeguard keeps it from rising", *where, kept.show(4, sign=True),
@@ -183,7 +191,7 @@ def _verdicts(results, methods):
         f"the safeguard adds to a training step, bootstrapped; negligible below {OVERHEAD_TOLERANCE:.0%}. Refuted is an "
         "interval wholly on the other side of its bound, undecided one that holds it.")
     return Section("Claims", text, ["claim", "method", "learning rate", "measured", "verdict"], rows,
-                   "images/claims_grid.png")
+                   ["images/claims_grid.png"])
 
 
 def _runs(results, methods, variants, which):
@@ -208,11 +216,13 @@ def _runs(results, methods, variants, which):
                      against(lambda seed: results.base["score"]).show(2), plain])
     text = ("At each method's common learning rate (winner only: at its own)." if which == "common" else
             "Each configuration at its own best learning rate.")
+    if not any(results.rates_differ(name) for name in methods):
+        text += " Every configuration's own best rate is its method's common one."
     return Section(f"Runs at the {which} learning rate", text + " Changes of error are against the reference, on held-out "
                    "pairs, at the end; win rates are of oracle scores, image by image from the same noise.",
                    ["method", "variant", "rate", "winner's error", "loser's error", "margin", "implicit acc.", "lambda",
                     "oracle score", "all right", "wins against base", "against plain"], rows,
-                   "images/claims_errors.png" if which == "common" else "images/claims_quality.png")
+                   ["images/claims_errors.png", "images/claims_quality.png"] if which == "common" else [])
 
 
 def _selection(settings, rates):
@@ -260,7 +270,7 @@ def plot_errors(results, methods, variants, path):
             axis.axhline(0, color="black", linewidth=0.6)
             axis.set_title(f"{method}, rate {results.rate(method, variants[0], 'common'):g}" if row == 0 else "")
             axis.set_ylabel(f"{member}'s error - reference's" if column == 0 else "")
-            axis.set_yscale("symlog", linthresh=1e-3)
+            axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         axes[1][column].set_xlabel("step")
     axes[0][0].legend()
     figure.tight_layout()
@@ -272,7 +282,8 @@ def plot_quality(results, methods, variants, path):
     """Oracle score of every configuration with its interval, at both learning rates."""
     figure, axis = plt.subplots(figsize=(10, 4))
     names = [(method, variant) for method in methods for variant in variants] + [("sft", "winner only")]
-    for offset, which, marker in ((-0.12, "common", "o"), (0.12, "own", "s")):
+    both = any(results.rates_differ(method) for method in methods)
+    for offset, which, marker in ((-0.12, "common", "o"), (0.12, "own", "s"))[:1 + both]:
         for place, (method, variant) in enumerate(names):
             value = interval(results.over_seeds(method, variant, which, quality))
             half = 0 if np.isnan(value.low) else value.mean - value.low
@@ -329,10 +340,10 @@ MARKDOWN = """\
 {% for row in section.rows %}
 | {{ row | join(" | ") }} |
 {% endfor %}
-{% if section.image %}
+{% for image in section.images %}
 
-![{{ section.title }}]({{ section.image }})
-{% endif %}
+![{{ section.title }}]({{ image }})
+{% endfor %}
 {% endfor %}
 """
 
@@ -355,7 +366,7 @@ img { max-width: 100%; }
 <tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table>
-{% if section.image %}<img alt="{{ section.title }}" src="data:image/png;base64,{{ inline[section.image] }}">{% endif %}
+{% for image in section.images %}<img alt="{{ section.title }}" src="data:image/png;base64,{{ inline[image] }}">{% endfor %}
 {% endfor %}
 </body></html>
 """
