@@ -161,3 +161,9 @@ def test_as_many_steps_as_the_schedule_has_room_for():
     for number in (1000, 1001):
         with pytest.raises(UserError, match=f"--spo_num_steps {number} is too many .* at most 999 fit"):
             scheduler(number)
+
+
+def test_a_schedule_whose_last_step_has_no_noise_is_refused():
+    base = DDIMScheduler(steps_offset=0)
+    with pytest.raises(UserError, match="steps_offset 0"):
+        ddim_scheduler(base, 20)
