@@ -91,7 +91,8 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
     # 4. Optimizer and schedule.
     pairs_per_step = accelerator.num_processes * args.train_batch_size * args.gradient_accumulation_steps
     if pairs_per_step > len(pairs):
-        warn(f"a step takes {pairs_per_step} pairs, and there are {len(pairs)}: lower --gradient_accumulation_steps")
+        warn(f"a step takes {pairs_per_step} pairs, and there are {len(pairs)}: lower --gradient_accumulation_steps "
+             "or --train_batch_size")
     max_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(pairs) / pairs_per_step)
     lr = effective_learning_rate(args, accelerator.num_processes)
     trainable = [parameter for parameter in models.policy.parameters() if parameter.requires_grad]

@@ -31,7 +31,7 @@ from prompts import group_path, read_group
 from training.arguments import parse_words
 from training.compile import check_compiler, compile_blocks
 from training.errors import UserError, run_program
-from training.lock import hold
+from training.lock import LOCK_FILE, hold, release
 from training.weights import weights_in
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
@@ -170,7 +170,9 @@ def model_files(folder: Path) -> list[Path]:
 def unet_files(folder: Path) -> list[Path]:
     """What training.weights.load_unet reads of a folder."""
     found = weights_in(folder)
-    return model_files(found or folder) if found is None or found.is_dir() else [found, folder / "progress.json"]
+    if found is None or found.is_dir():
+        return model_files(found or folder)
+    return [found] if found.name == "unet.pth" else [found, folder / "progress.json"]  # LoRA's has the base it was trained on
 
 
 def vae_files(folder: Path) -> list[Path]:
@@ -214,12 +216,16 @@ def plan_group(name: str, args: Arguments) -> Group:
 def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
     """Make a group's folder fit to go on in: its settings are written or compared, what an interruption left is
     finished or thrown away. Raises UserError when it holds images of other settings."""
-    if overwrite:
-        shutil.rmtree(group.folder, ignore_errors=True)
-        for path in (group.manifest, group.manifest.with_suffix(".zip")):
-            path.unlink(missing_ok=True)
     make_folder(group.folder, "--output_dir")
     hold(group.folder)
+    if overwrite:
+        for path in group.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
+        for path in (group.manifest, group.manifest.with_suffix(".zip")):
+            path.unlink(missing_ok=True)
     settings = group.folder / SETTINGS_FILE
     if settings.exists():
         before = read_json(settings)
@@ -401,6 +407,7 @@ def main(argv: list[str] | None = None) -> None:
         state.wait_for_everyone()
         if state.is_main_process:
             finish_group(group, record, args)
+            release(group.folder)
             print(f"wrote {group.manifest}")
     if args.manifest_list and state.is_main_process:
         Path(args.manifest_list).write_text("".join(f"{group.manifest}\n" for group in groups))

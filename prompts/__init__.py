@@ -25,9 +25,9 @@ def read_group(name_or_path: str | os.PathLike) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
-        built = [file.stem for file in sorted(PROMPTS.glob("*.json"))]
-        raise UserError(f"no prompt group at {path}: `python -m prompts.build {path.stem}` makes a published one; "
-                        f"here are {', '.join(built)}") from None
+        built = ", ".join(file.stem for file in sorted(PROMPTS.glob("*.json")))
+        advice = f": `python -m prompts.build {path.stem}` makes a published one; here are {built}"
+        raise UserError(f"no prompt group at {path}{advice if path.parent == PROMPTS else ''}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
     if path.suffix == ".txt":

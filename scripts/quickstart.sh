@@ -23,6 +23,7 @@ join() { # join NAME: wait for what runs beside, and show what it said if it fai
   wait "$beside_pid" || { cat "$output/$1.log" >&2; exit 1; }
 }
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'exit 130' INT; trap 'exit 143' TERM  # a training run that is stopped ends with 0, and the next step would come
 
 say "1 of 5: a small base model that draws shapes, preference pairs, small models for the metrics"
 run "$PYTHON" -m shapes.quickstart prepare --output "$output" --num_pairs 96

@@ -424,15 +424,17 @@ def experiment(settings: Settings, pool: ProcessPoolExecutor) -> tuple[dict, lis
 
 def main() -> None:
     [settings] = parse_words(HfArgumentParser(Settings, prog="python -m shapes.claims"))
-    start = time.time()
-    if not Path(settings.output, "runs", "base.json").is_file():
-        print("drawing the pairs, encoding them, judging the base", flush=True)
-        build_world(settings)
-    with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
-        rates, instruments = experiment(settings, pool)
-    spent = Path(settings.output, "minutes.json")  # of all calls that did a part
-    minutes = (time.time() - start) / 60 + (json.loads(spent.read_text()) if spent.is_file() else 0.0)
-    write_json(spent, minutes)
+    start, spent = time.time(), Path(settings.output, "minutes.json")  # of all calls
+    before = json.loads(spent.read_text()) if spent.is_file() else 0.0
+    try:
+        if not Path(settings.output, "runs", "base.json").is_file():
+            print("drawing the pairs, encoding them, judging the base", flush=True)
+            build_world(settings)
+        with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
+            rates, instruments = experiment(settings, pool)
+    finally:
+        minutes = before + (time.time() - start) / 60
+        write_json(spent, minutes)
     write_report(settings, rates, instruments, minutes)
 
 

@@ -127,11 +127,11 @@ def write_report(settings, rates, instruments: list[Path], minutes: float) -> No
     plot_errors(results, METHODS, VARIANTS, output / "images/claims_errors.png")
     plot_quality(results, METHODS, VARIANTS, output / "images/claims_quality.png")
     plot_grid(results, METHODS, settings, output / "images/claims_grid.png")
-    base = results.base
+    base, reference = results.base, results.record("diffusion-dpo", "plain", "common", 0)["curve"][-1]["ref_winner"]
     introduction = (
         f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, {settings.steps} steps of {settings.batch_size} pairs "
         f"from {settings.train_pairs}, AdamW, published beta, alpha and mu. Errors on {settings.held_out_pairs} held-out "
-        f"pairs, oracle quality on {settings.test_prompts} prompts that the base was never trained on, "
+        f"pairs (the reference's winner error is {reference:.4f}), oracle quality on {settings.test_prompts} prompts that the base was never trained on, "
         f"{settings.inference_steps} DDIM steps. The base: oracle score {np.mean(base['score']):.3f}, all attributes "
         f"right in {np.mean(base['all_right']):.1%}, cleanliness {np.mean(base['cleanliness']):.3f}. "
         f"Brackets are 95% t-intervals over seeds. {minutes:.0f} minutes with {settings.workers} workers.")
@@ -231,6 +231,8 @@ def _selection(settings, rates):
         scores = [rates["scores"][method, variant, rate] for rate in settings.learning_rates]
         rows.append([method, variant, *[f"{score:.3f}" for score in scores], f"{rates['own'][method, variant]:g}",
                      f"{rates['common'][method]:g}" if method in rates["common"] else "-"])
+    base = f"{np.mean(json.loads(Path(settings.output, 'runs', 'base.json').read_text())['selection']['score']):.3f}"
+    rows.append(["base", "-", *[base] * len(settings.learning_rates), "-", "-"])
     return Section("Choice of learning rates", "Mean oracle score on the selection prompts (one seed, none of the final "
                    "ones); the highest is the configuration's own rate, the highest mean over a method's rows its common "
                    "rate.", ["method", "variant", *[f"{rate:g}" for rate in settings.learning_rates], "own", "common"],
@@ -279,7 +281,7 @@ def plot_errors(results, methods, variants, path):
 
 
 def plot_quality(results, methods, variants, path):
-    """Oracle score of every configuration with its interval, at both learning rates."""
+    """Oracle score of every configuration with its interval, at the common rate and, where they differ, at its own."""
     figure, axis = plt.subplots(figsize=(10, 4))
     names = [(method, variant) for method in methods for variant in variants] + [("sft", "winner only")]
     both = any(results.rates_differ(method) for method in methods)

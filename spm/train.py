@@ -32,7 +32,7 @@ from spm.model import EVALUATION_TIMESTEPS, StepAwarePreferenceModel, load_spm, 
 from training.arguments import config_files, option, parse_words, warn, yaml_to_argv
 from training.checkpoints import (find_checkpoint, load_checkpoint, policy_state, read_progress, register_hooks,
                                   save_checkpoint, save_weights, write_run_file, write_whole)
-from training.data import load_table, tokenize
+from training.data import load_table, tokenize, worker_count
 from training.diffusion import encode_images, winners_first
 from training.draws import PairStream
 from training.errors import UserError, run_program
@@ -72,7 +72,7 @@ class SPMArguments:
     resolution: int | None = option(None, "size of the base model's images (default 512, with --sdxl 1024)")
     relabel_threshold: float = option(0.0, "above 0: label the pairs by --spm_clip itself, as ties where the two "
                                            "probabilities differ by less")
-    dataloader_num_workers: int = option(0, "processes that decode images, a device")
+    dataloader_num_workers: int = option(0, "processes that decode images, a device; one a core at most")
     max_bad_fraction: float = option(0.01, "stop when clearly more than this share of the pairs cannot be used")
 
     # Optimisation
@@ -291,7 +291,7 @@ def train(args: SPMArguments, stop: StopSignal) -> None:
     accumulation = args.gradient_accumulation_steps
     stream = PairStream(len(pairs), args.train_batch_size, accelerator.process_index, world, args.seed, shuffle=True,
                         first_micro_step=first_step * accumulation, last_micro_step=args.max_train_steps * accumulation)
-    micro_batches = iter(DataLoader(pairs, batch_sampler=stream, num_workers=args.dataloader_num_workers,
+    micro_batches = iter(DataLoader(pairs, batch_sampler=stream, num_workers=worker_count(args.dataloader_num_workers),
                                     pin_memory=device.type == "cuda", worker_init_fn=outlive_signals))
     scalars, saved_step, skipped = StepScalars(), first_step, 0
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="spm",
@@ -329,13 +329,14 @@ def train(args: SPMArguments, stop: StopSignal) -> None:
         never_finite = skipped >= MAX_NONFINITE_STEPS
         if never_finite or (too_many_bad or stopped_by_signal) and done < args.max_train_steps:
             good = done - skipped if never_finite else done  # skipped steps left the model as it was
-            if saved_step < good:
+            if good and saved_step != good:
                 save_checkpoint(accelerator, wrapped, lr_scheduler, good, args, WEIGHTS_FILE, {"bad_pairs": bad_pairs})
             accelerator.end_training()
             kept = f"{Path(args.output_dir, f'checkpoint-{good}')} is saved" if good else "nothing was learned"
             if never_finite:
-                raise UserError(f"neither loss nor gradient was finite in {skipped} steps in a row: {kept}; lower "
-                                "--learning_rate, or train in bf16, and continue with --allow_changed_resume")
+                go_on = ", and continue with --allow_changed_resume" if good else ""
+                raise UserError(f"loss or gradient was not finite in {skipped} steps in a row: {kept}; lower "
+                                f"--learning_rate, or train in bf16{go_on}")
             if too_many_bad:
                 raise UserError(f"{bad_pairs} of {done * per_step} pairs could not be used, more than --max_bad_fraction "
                                 f"{args.max_bad_fraction:g}: {kept}. python -m training.check_data names them; raise "

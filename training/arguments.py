@@ -60,7 +60,7 @@ class TrainArguments:
         None, "relabel the pairs by this scorer; oracle: of drawn shapes")
     metrics_config: str | None = option(None, "model ids and paths of --choice_model (default configs/metrics.yaml)")
     dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models")
-    dataloader_num_workers: int = option(0, "processes that decode images, a device")
+    dataloader_num_workers: int = option(0, "processes that decode images, a device; one a core at most")
     cached_dataset: str | None = option(None, "a folder made by training.cache with the same flags: its encoded images "
                                         "and prompts replace VAE and text encoders")
 

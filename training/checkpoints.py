@@ -184,8 +184,15 @@ def settings_of_run(output_dir: Path) -> dict | None:
 
 
 def claim_output_dir(args, accelerator: Accelerator) -> None:
-    """Make output_dir this run's, or refuse: it holds another run's checkpoints or result. Raises UserError."""
-    output_dir = Path(args.output_dir)
+    """Make output_dir this run's, or refuse: another program is at work there, or it holds another run's checkpoints or
+    result. Every process must call this. Raises UserError, on all alike."""
+    output_dir, problem = Path(args.output_dir), None
+    if accelerator.is_main_process and output_dir.is_dir():
+        try:
+            hold(output_dir)
+        except UserError as error:
+            problem = str(error)
+    raise_together(accelerator, problem)
     before = settings_of_run(output_dir)
     named = Path(args.resume_from_checkpoint or "")
     if args.seed is None and (named / PROGRESS).is_file():  # another run's checkpoint

@@ -263,6 +263,11 @@ def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
                      return_tensors="pt").input_ids
 
 
+def worker_count(asked: int) -> int:
+    """Data workers of a process: as many as asked for, but not more than it may use cores."""
+    return min(asked, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def make_loader(dataset: PairDataset, args: TrainArguments, rank: int, world_size: int, first_step: int,
                 last_step: int, pin_memory: bool, pairs_seen: int | None = None) -> DataLoader:
     """Micro-batches for the optimizer steps first_step..last_step-1 of this process, pairs stacked: (B, ...).
@@ -275,7 +280,7 @@ def make_loader(dataset: PairDataset, args: TrainArguments, rank: int, world_siz
                         last_micro_step=last_step * accumulation)
     if pairs_seen is not None:
         stream.origin = pairs_seen - first_step * accumulation * world_size * args.train_batch_size
-    workers = min(args.dataloader_num_workers, os.cpu_count() or 1)
+    workers = worker_count(args.dataloader_num_workers)
     return DataLoader(dataset, batch_sampler=stream, num_workers=workers, pin_memory=pin_memory,
                       persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
                       worker_init_fn=outlive_signals)

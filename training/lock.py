@@ -11,18 +11,22 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK_FILE = ".lock"
-_held = []  # open files: closing one would give its lock up
+_held: dict[Path, object] = {}  # folder -> open file: closing it gives the lock up
 
 
 def hold(folder: str | os.PathLike, flag: str = "--output_dir") -> None:
-    """Hold `folder` until this process ends. Raises UserError where another process holds it, OSError where no file can be
-    written there.
+    """Hold `folder` until release(folder) or this process's end. Raises UserError where another process holds it. A folder that cannot be
+    written is nobody's, and left alone.
 
     The lock is POSIX's, which data workers do not inherit: they may outlive a killed run by seconds.
     """
-    if fcntl is None:
+    path = Path(folder).resolve()
+    if fcntl is None or path in _held:
         return
-    file = open(Path(folder, LOCK_FILE), "a", encoding="utf-8")
+    try:
+        file = open(path / LOCK_FILE, "a", encoding="utf-8")
+    except OSError:
+        return
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -30,4 +34,11 @@ def hold(folder: str | os.PathLike, flag: str = "--output_dir") -> None:
         raise UserError(f"another program is at work in {folder}: wait until it ends, or choose another {flag}") from None
     except OSError:
         pass  # a file system without locks
-    _held.append(file)
+    _held[path] = file
+
+
+def release(folder: str | os.PathLike) -> None:
+    """Let other programs have `folder`."""
+    file = _held.pop(Path(folder).resolve(), None)
+    if file is not None:
+        file.close()

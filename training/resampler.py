@@ -81,7 +81,7 @@ def prompt_generator(seed: int, epoch: int, prompt_index: int) -> torch.Generato
 
 def ddim_scheduler(base_scheduler: SchedulerMixin, num_steps: int) -> DDIMScheduler:
     """DDIM with the base pipeline's noise schedule and `num_steps` denoising steps. Raises UserError for more of them
-    than the schedule has room for, its steps_offset moving all of them up, and for a steps_offset of 0."""
+    than the schedule has room for, its steps_offset moving all of them up, and for timesteps that end at 0."""
     scheduler = DDIMScheduler.from_config(base_scheduler.config)
     trained = scheduler.config.num_train_timesteps
     if num_steps <= trained:
@@ -91,8 +91,9 @@ def ddim_scheduler(base_scheduler: SchedulerMixin, num_steps: int) -> DDIMSchedu
                         f"timesteps begin at {scheduler.config.steps_offset}: at most "
                         f"{trained - scheduler.config.steps_offset} fit, and the published setting is 20")
     if int(scheduler.timesteps.min()) == 0:
-        raise UserError("the base pipeline's scheduler has steps_offset 0: SPO's last step would add no noise, and so have no "
-                        "probability; SD1.5's and SDXL's scheduler_config.json say 1")
+        raise UserError("the base pipeline's timesteps end at 0 (steps_offset 0, or timestep_spacing linspace): SPO's last step "
+                        "would add no noise, and so have no probability; SD1.5's and SDXL's scheduler_config.json have "
+                        "steps_offset 1 and no linspace")
     return scheduler
 
 

@@ -1,15 +1,14 @@
 """SPO's own options, beside train.py's, and their checks."""
 
-import json
 import math
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 
+from prompts import read_group
 from training.arguments import TrainArguments, default_of, option, warn
 from training.data import column_values, load_table
-from training.errors import UserError, first_line
+from training.errors import UserError
 from training.resampler import ResamplerConfig
 
 # Options of train.py that mean nothing here: no pairs are loaded, the objective has its own beta and clip, no images
@@ -94,26 +93,10 @@ def load_prompts(args: TrainArguments, spo: SPOArguments, seed: int) -> list[str
                             f"{', '.join(table.column_names)}")
         prompts = list(dict.fromkeys(text for text in column_values(table, args.caption_column) if text))
     else:
-        prompts = read_prompts(Path(spo.spo_prompts))
+        prompts = read_group(spo.spo_prompts)
     if not prompts:
         raise UserError(f"{spo.spo_prompts or args.data_source} holds no prompts")
     if args.max_train_samples is not None and args.max_train_samples < len(prompts):
         chosen = np.random.default_rng([seed, 2]).permutation(len(prompts))[:args.max_train_samples]
         prompts = [prompts[i] for i in sorted(chosen)]
     return prompts
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a .txt file (one a line) or a .json list of strings or of {"prompt": ...}. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        entries = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read the prompts {path}: {first_line(error)}") from None
-    if not isinstance(entries, list):
-        raise UserError(f'{path} must hold a list of prompts or of {{"prompt": ...}}')
-    prompts = [entry.get("prompt") if isinstance(entry, dict) else entry for entry in entries]
-    odd = next((i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)), None)
-    if odd is not None:
-        raise UserError(f'{path}: entry {odd} is no prompt (a string, or {{"prompt": ...}})')
-    return [prompt.strip() for prompt in prompts if prompt.strip()]

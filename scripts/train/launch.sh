@@ -19,7 +19,9 @@ launch=(--config_file "${ACCELERATE_CONFIG:-$ROOT/configs/accelerate/$config.yam
 
 # The published effective batch of 2048 pairs on any number of processes: batch 8, so 256 / processes accumulated.
 accumulation=()
-if [[ "$preset" != *_spo && "$preset" != spm_* && " $*" != *" --gradient_accumulation_steps"* ]]; then
+accumulates() { [[ " $*" == *" --gradient_accumulation_steps"* ]] ||  # on the command line, or in a --config of one's own
+  grep -qs -d skip '^gradient_accumulation_steps:' /dev/null "${@#--config=}"; }
+if [[ "$preset" != *_spo && "$preset" != spm_* ]] && ! accumulates "$@"; then
   accumulation=(--gradient_accumulation_steps "$(( 256 / processes > 0 ? 256 / processes : 1 ))")
 fi
 
@@ -34,12 +36,15 @@ show "${command[@]}"
 
 # In a session of its own, so that Ctrl-C and a closed terminal reach this script alone. It passes any signal on to the
 # training processes, which save and exit 0; their launcher would only kill them, or orphan them.
-own_session=(); command -v setsid >/dev/null && own_session=(setsid)
-${own_session[@]+"${own_session[@]}"} "${command[@]}" &
-launcher=$! status=0
+"$PYTHON" -c 'import os, sys; os.setsid(); os.execvp(sys.argv[1], sys.argv[1:])' "${command[@]}" &
+launcher=$!
 training_processes() { "$PYTHON" -c 'import psutil, sys
 print(*(child.pid for child in psutil.Process(int(sys.argv[1])).children()))' "$launcher"; }
-trap 'kill -TERM $(training_processes) 2>/dev/null || kill -TERM "$launcher"' TERM INT HUP
-wait "$launcher" || status=$?
-while kill -0 "$launcher" 2>/dev/null; do status=0; wait "$launcher" || status=$?; done
-exit "$status"
+pass_on() {
+  trap '' HUP  # a closing terminal may send it twice
+  kill -TERM $(training_processes) 2>/dev/null || kill -TERM "$launcher" 2>/dev/null || true
+}
+trap pass_on TERM INT HUP
+wait "$launcher" || true  # a signal ends this wait, not the launcher
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
+wait "$launcher"  # its exit code

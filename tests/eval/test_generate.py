@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from eval import generate
 from eval.generate import IMAGE_DESCRIPTION, base_files, identity, read_prompt, unet_files, vae_files
 from training.errors import UserError
+from training.lock import hold, release
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "naïve café in 東京", "<img src=x onerror=alert(1)>", "a dog & a \"hat\"", "a house"]
@@ -153,6 +154,17 @@ def test_changed_settings_are_never_mixed(tiny_sd15, sd15_run, prompt_file):
     prompt_file.write_text(json.dumps(["another prompt", *PROMPTS[1:]]))
     with pytest.raises(UserError, match="made for the prompt 'a red cat'"):
         generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
+
+
+def test_a_second_program_leaves_the_images_of_the_first_alone(tiny_sd15, sd15_run, prompt_file):
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
+    folder = sd15_run.parent / STEM
+    hold(folder)  # as the first program does while it runs
+    words = arguments(sd15_run, tiny_sd15, prompt_file, "--overwrite")
+    second = subprocess.run([sys.executable, "-m", "eval.generate", *words], cwd=ROOT, capture_output=True, text=True)
+    release(folder)
+    assert second.returncode == 1 and "another program is at work" in second.stderr
+    assert len(list(folder.glob("*.png"))) == 5
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "unet", "checkpoint", "lora"])

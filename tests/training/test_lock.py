@@ -8,8 +8,17 @@ import sys
 import pytest
 
 from training.errors import UserError
-from training.lock import hold
+from training.lock import hold, release
 
+ASKER = """
+import sys
+from training.errors import UserError
+from training.lock import hold
+try:
+    hold(sys.argv[1])
+except UserError:
+    sys.exit(7)
+"""
 HOLDER = """
 import os, sys, time
 from training.lock import hold
@@ -32,6 +41,9 @@ def test_another_program_is_refused_until_the_holder_is_gone(tmp_path):
         os.kill(child, 0)  # the worker lives
         hold(tmp_path)
         hold(tmp_path)  # one's own is no hindrance
+        assert subprocess.run([sys.executable, "-c", ASKER, str(tmp_path)]).returncode == 7
+        release(tmp_path)
+        assert subprocess.run([sys.executable, "-c", ASKER, str(tmp_path)]).returncode == 0
     finally:
         holder.kill()
         os.kill(child, signal.SIGKILL)

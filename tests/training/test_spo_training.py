@@ -212,9 +212,9 @@ def test_threshold_that_keeps_nothing_warns_and_ends_cleanly(judge, tiny_sd15, t
 @pytest.mark.parametrize("options, message", [
     (dict(spo_k=1), "--spo_k must be at least 2"),
     (dict(spo_divert_start_step=20), "--spo_divert_start_step 20 is outside the 20 denoising steps"),
-    (dict(spo_prompts="EMPTY"), "holds no prompts"),
-    (dict(spo_prompts="ABSENT"), "cannot read the prompts"),
-    (dict(spo_prompts="ODD"), "entry 1 is no prompt"),
+    (dict(spo_prompts="EMPTY"), "lists no prompt"),
+    (dict(spo_prompts="ABSENT"), "no prompt group at"),
+    (dict(spo_prompts="ODD"), 'entry 2 has no "prompt"'),
     (dict(spm_checkpoint="OTHER"), "does not fit this StepAwarePreferenceModel"),
     (dict(spo_threshold=1.5), "--spo_threshold must lie in [0, 1)"),
     (dict(spo_eta=0), "--spo_eta must lie in (0, 1]"),
