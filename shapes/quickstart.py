@@ -59,8 +59,8 @@ def summarise(output: Path, runs: list[str]) -> None:
             if not all(torch.equal(state[key], value) for key, value in pipeline.unet.state_dict().items()):
                 raise UserError(f"{output / name}: unet.pth and the pipeline beside it differ")
     header = ["method", "safeguard", "loss", "implicit accuracy", "winner error - ref", "loser error - ref", "oracle"]
-    rows = [table_row(output / name) for name in runs]
-    for name, row in zip(runs, rows):
+    rows = [["base", *["-"] * 5], *(table_row(output / name) for name in runs)]
+    for name, row in zip(images, rows):
         row.append(f"{np.mean([judge(image, prompt).score for image, prompt in zip(images[name], PROMPTS)]):.3f}")
     widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
     for line in [header, ["-" * width for width in widths], *rows]:
