@@ -19,8 +19,16 @@ launch=(--config_file "${ACCELERATE_CONFIG:-$ROOT/configs/accelerate/$config.yam
 
 # The published effective batch of 2048 pairs on any number of processes: batch 8, so 256 / processes accumulated.
 accumulation=()
-accumulates() { [[ " $*" == *" --gradient_accumulation_steps"* ]] ||  # on the command line, or in a --config of one's own
-  grep -qs -d skip '^gradient_accumulation_steps:' /dev/null "${@#--config=}"; }
+accumulates() { # whether these words, or a yaml file among them, say how much
+  local word
+  for word in "$@"; do
+    case "$word" in
+      --gradient_accumulation_steps*) return 0 ;;
+      *.yaml | *.yml) if grep -qs '^gradient_accumulation_steps:' "${word#--config=}"; then return 0; fi ;;
+    esac
+  done
+  return 1
+}
 if [[ "$preset" != *_spo && "$preset" != spm_* ]] && ! accumulates "$@"; then
   accumulation=(--gradient_accumulation_steps "$(( 256 / processes > 0 ? 256 / processes : 1 ))")
 fi

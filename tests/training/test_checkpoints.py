@@ -105,7 +105,7 @@ def test_settings_are_found_without_run_json(tmp_path):
     args = SimpleNamespace(output_dir=str(tmp_path), seed=None, allow_changed_resume=False, beta_dpo=2.0,
                            resume_from_checkpoint="none")
     with pytest.raises(UserError, match=r"beta_dpo was 7.0, is 2.0"):
-        claim_output_dir(args, SimpleNamespace(num_processes=1))
+        claim_output_dir(args, SimpleNamespace(num_processes=1, is_main_process=True))
 
 
 def test_a_full_disk_is_named_whoever_tells_of_it(tmp_path, monkeypatch):
