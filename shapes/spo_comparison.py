@@ -79,7 +79,7 @@ class Settings:
     points: int = field(default=6, metadata={"help": "judgements of each run, evenly over its time"})
     seeds: int = field(default=2, metadata={"help": "final runs of each method"})
     offline_rates: list[float] = field(default_factory=lambda: [5e-6, 2e-5, 8e-5], metadata={"help": "the grid"})
-    spo_rates: list[float] = field(default_factory=lambda: [2e-5, 8e-5, 3e-4], metadata={"help": "SPO's grid"})
+    spo_rates: list[float] = field(default_factory=lambda: [5e-6, 2e-5, 8e-5], metadata={"help": "SPO's grid"})
     prompts: int = field(default=64, metadata={"help": "prompts judged, for selection and for the table each"})
     pairs: int = field(default=400, metadata={"help": "pairs for the offline methods"})
     spm_pairs: int = field(default=4000, metadata={"help": "pairs for the step-aware preference model"})
