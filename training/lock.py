@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from training.arguments import warn
 from training.errors import UserError
 
 try:
@@ -18,7 +19,8 @@ def hold(folder: str | os.PathLike, flag: str = "--output_dir") -> None:
     """Hold `folder` until release(folder) or this process's end. Raises UserError where another process holds it. A folder that cannot be
     written is nobody's, and left alone.
 
-    The lock is POSIX's, which data workers do not inherit: they may outlive a killed run by seconds.
+    The lock is POSIX's (lockf), which data workers do not inherit, since they may outlive a killed run by seconds; flock, and
+    the filelock package with it, would keep the folder from the run that continues it.
     """
     path = Path(folder).resolve()
     if fcntl is None or path in _held:
@@ -32,8 +34,8 @@ def hold(folder: str | os.PathLike, flag: str = "--output_dir") -> None:
     except (BlockingIOError, PermissionError):
         file.close()
         raise UserError(f"another program is at work in {folder}: wait until it ends, or choose another {flag}") from None
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:  # a file system without locks
+        warn(f"{folder} cannot be locked ({error.strerror}): see to it that no second program works there")
     _held[path] = file
 
 

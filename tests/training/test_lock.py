@@ -1,5 +1,7 @@
 """A folder has one program at a time, and a killed one's is free at once."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -47,3 +49,12 @@ def test_another_program_is_refused_until_the_holder_is_gone(tmp_path):
     finally:
         holder.kill()
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    hold(tmp_path)
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
