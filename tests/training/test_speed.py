@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import preference_loss
+from tests.pretended_gpu import GPU, move, pretended_gpu
 from training.arguments import parse_arguments
 from training.data import PairDataset, choose_pairs, load_table, make_loader
 from training.diffusion import noisy_batch, predict, predict_reference
@@ -121,24 +122,23 @@ class Waits(TorchDispatchMode):
 
 
 def set_up(base, pairs, device, *more):
-    """(micro_step, batch): what train.py's inner loop does, on a batch that is on the device."""
+    """What train.py's inner loop knows: arguments, models and a batch on the device."""
     args = parse_arguments([str(word) for word in arguments(base, pairs, "--train_batch_size", 2, "--seed", 0, *more)])
     models = load_tokenizers_and_scheduler(args)
     load_frozen_encoders(models, args, torch.float32, device)
     load_policy_and_reference(models, args, torch.float32, device)
     dataset = PairDataset(choose_pairs(load_table(args), args, 0), models.tokenizers, args, 0, models.latent_shape)
     [batch] = make_loader(dataset, args, 0, 1, 0, 1, pin_memory=False)
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    config, scalars = args.loss_config(), StepScalars()
+    return args, models, {name: tensor.to(device) for name, tensor in batch.items()}
 
-    def micro_step():
-        inputs = noisy_batch(batch, models, args)
-        ref_pred = predict_reference(models, models.policy, inputs)
-        result = preference_loss(predict(models.policy, inputs), ref_pred, inputs.target, config)
-        result.loss.backward()
-        scalars.add(result.logs)
 
-    return micro_step
+def forward(args, models, batch, scalars: StepScalars) -> torch.Tensor:
+    """What train.py's inner loop does, up to the loss."""
+    inputs = noisy_batch(batch, models, args)
+    ref_pred = predict_reference(models, models.policy, inputs)
+    result = preference_loss(predict(models.policy, inputs), ref_pred, inputs.target, args.loss_config())
+    scalars.add(result.logs)
+    return result.loss
 
 
 SETTINGS = [("tiny_sd15", []), ("tiny_sdxl", ["--sdxl"]), ("tiny_sd15", ["--lora_rank", 2]),
@@ -149,10 +149,10 @@ SETTINGS = [("tiny_sd15", []), ("tiny_sdxl", ["--sdxl"]), ("tiny_sd15", ["--lora
 
 @pytest.mark.parametrize("kind, more", SETTINGS)
 def test_a_micro_step_reads_nothing_back(kind, more, request, pairs_dir):
-    micro_step = set_up(request.getfixturevalue(kind), pairs_dir, torch.device("cpu"), *more)
-    micro_step()  # the scheduler's table goes to the device once
+    known, scalars = set_up(request.getfixturevalue(kind), pairs_dir, torch.device("cpu"), *more), StepScalars()
+    forward(*known, scalars).backward()
     with Waits() as waits:
-        micro_step()
+        forward(*known, scalars).backward()
     assert waits.found == []
 
 
@@ -163,14 +163,43 @@ def test_the_count_sees_what_it_should():
     assert len(waits.found) == 4
 
 
+@pytest.mark.parametrize("kind, more", SETTINGS)
+def test_on_a_gpu_nothing_stays_behind_and_no_copy_is_waited_for(kind, more, request, pairs_dir):
+    """Reads, which raise on a pretended GPU, and copies to and from the device, which a CPU cannot show."""
+    args, models, batch = set_up(request.getfixturevalue(kind), pairs_dir, torch.device("cpu"), *more)
+    scalars = StepScalars()
+    with pretended_gpu() as blocking_copies:
+        for module in (models.vae, *models.text_encoders, models.policy, models.reference):
+            move(module)
+        batch = {name: move(tensor) for name, tensor in batch.items()}
+        forward(args, models, batch, scalars)  # the scheduler's table goes to the device once
+        blocking_copies.clear()
+        loss = forward(args, models, batch, scalars)
+        assert loss.device == GPU and all(value.device == GPU for value in scalars.sums.values())
+        assert blocking_copies == []
+
+
+def test_the_pretended_gpu_sees_what_it_should():
+    with pretended_gpu() as blocking_copies:
+        there, here = torch.zeros(3, device=GPU), torch.zeros(3)
+        for forbidden in (lambda: there + here, lambda: there.sum().item(), lambda: there[0] > 0 and None,
+                          lambda: there.nonzero()):
+            with pytest.raises(Exception, match="device|item|_local_scalar_dense|nonzero|data-dependent|is_nonzero"):
+                forbidden()
+        here.to(GPU, non_blocking=True)
+        assert blocking_copies == []
+        here.to(GPU), there.cpu(), there.copy_(here), torch.tensor([1.0], device=GPU)
+        assert len(blocking_copies) == 4
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind, more", SETTINGS)
 def test_a_micro_step_never_waits_for_the_gpu(kind, more, request, pairs_dir):
-    micro_step = set_up(request.getfixturevalue(kind), pairs_dir, torch.device("cuda"), *more)
-    micro_step()
+    known, scalars = set_up(request.getfixturevalue(kind), pairs_dir, torch.device("cuda"), *more), StepScalars()
+    forward(*known, scalars).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        micro_step()
+        forward(*known, scalars).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

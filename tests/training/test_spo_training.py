@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,18 @@ from transformers import CLIPConfig, CLIPModel
 
 from shapes.pipeline import clip_tokenizer, text_config
 from spm.model import StepAwarePreferenceModel
+from tests.pretended_gpu import GPU, move, pretended_gpu
 from training.arguments import TrainArguments, parse_arguments
 from training.checkpoints import read_progress
+from training.data import tokenize
 from training.errors import UserError
+from training.guidance import condition_on_prompts, decode_latents
 from training.launch import start_accelerator
 from training.logs import read_metrics
-from training.resampler import Pairs
+from training.models import load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler
+from training.resampler import Pairs, ddim_scheduler
 from training.signals import StopSignal
-from training.spo import Progress, check_record, deal_out, digest_of, learn_from
+from training.spo import Progress, check_record, deal_out, digest_of, learn_from, load_judge, pair_loss
 from training.spo import train as train_spo
 from training.spo_arguments import SPOArguments, check_spo_arguments, load_prompts, warn_of_spo_flags
 
@@ -273,6 +278,31 @@ def test_scalars_and_gradient_count_micro_batches_by_their_size(monkeypatch):
     args = SimpleNamespace(train_batch_size=4)
     logs = learn_from(pairs, policy, policy, None, None, None, args, Accelerator(cpu=True))
     assert logs["train_loss"] == policy.weight.grad.item() == 2.0
+
+
+@pytest.mark.parametrize("kind, sdxl, members", [("tiny_sd15", [], 1), ("tiny_sdxl", ["--sdxl"], 2)])
+def test_on_a_gpu_nothing_of_sampling_and_learning_stays_behind(judge, request, tmp_path, kind, sdxl, members):
+    base = request.getfixturevalue(kind)
+    args, spo = parse_arguments([*map(str, flags(judge, base, tmp_path)), *sdxl, "--lora_rank", "2", "--train_method", "spo"],
+                                SPOArguments)
+    args = SimpleNamespace(**vars(args) | vars(spo))
+    models = load_tokenizers_and_scheduler(args)
+    load_frozen_encoders(models, args, torch.float32, torch.device("cpu"))
+    load_policy_and_reference(models, args, torch.float32, torch.device("cpu"))
+    referee, scheduler = load_judge(args, torch.float32, torch.device("cpu")), ddim_scheduler(models.scheduler, 5)
+    accelerator = SimpleNamespace(device=GPU, autocast=nullcontext)
+    with pretended_gpu():
+        for module in (models.vae, *models.text_encoders, models.policy, referee.spm):
+            move(module)
+        conditioning = condition_on_prompts(models, args, PROMPTS[:2], GPU)
+        shape = models.latent_shape
+        pairs = Pairs(torch.zeros(3, members, *shape, device=GPU), torch.zeros(3, 2, *shape, device=GPU),
+                      torch.zeros(3, dtype=torch.int64, device=GPU), torch.zeros(3, dtype=torch.int64, device=GPU))
+        loss, logs = pair_loss(models.policy, models.policy, models, conditioning, pairs, scheduler, args, accelerator)
+        assert loss.device == GPU and all(value.device == GPU for value in logs.values())
+        tokens = tokenize(referee.tokenizer, PROMPTS[:2]).to(GPU)
+        score = referee.spm(decode_latents(models.vae, pairs.x_next[:2, 0]), pairs.step[:2], tokens)
+        assert score.device == GPU and score.shape == (2,)
 
 
 def test_options_that_do_nothing_are_named(capsys):
