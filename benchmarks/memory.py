@@ -3,31 +3,37 @@
     python -m benchmarks.memory [--models sd15 sdxl]
 
 The policy's forward and backward and the reference's forward are run on tensors that have shapes and a device but no
-content (FakeTensor), under the autocast of training and with flash attention, and every storage that lives is counted,
-for 1 and for 2 pairs, from which more follow; weights, gradients and the optimizer's moments are added.
+content (FakeTensor), under the autocast of training and with flash attention, and every storage that lives is counted;
+weights, gradients and the optimizer's moments are added. `official` is the official program's way: VAE and text encoders on
+the device, its images encoded eight at a time, and autocast's cache of rounded weights.
 
 This is a computation, not a measurement: what it leaves out are the CUDA context (about 0.5 GiB), workspaces of the
 libraries and fragmentation, which --margin stands for.
 """
 
 import weakref
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from peft import LoraConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import HfArgumentParser
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, HfArgumentParser
 
-from benchmarks.models import RESOLUTIONS, UNETS, make_unet
+from benchmarks.models import RESOLUTIONS, TEXT_ENCODERS, UNETS, VAES, make_unet
 from training.arguments import parse_words
+from training.diffusion import VAE_BATCH
 from training.errors import UserError, run_program
 from training.models import LORA_TARGETS
+from training.recompute import recompute_cheap
 
 CARDS = (16, 24, 40, 80)
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0.02}  # a parameter; Adafactor keeps rows and columns
@@ -48,23 +54,31 @@ class Setting:
     optimizer: str
     lora: bool = False
     checkpointing: bool = False
+    selective: bool = False
     offload: bool = False
+    official: bool = False
 
     def __str__(self) -> str:
+        if self.official:
+            return "official"
         flags = ["--sdxl" if self.model == "sdxl" else "", "--lora_rank 16" if self.lora else "",
                  "" if self.lora or self.model == "sdxl" else {"adamw8bit": "--use_8bit_adam"}.get(self.optimizer, ""),
                  "--gradient_checkpointing" if self.checkpointing and self.model != "sdxl" else "",
+                 "--selective_checkpointing" if self.selective else "",
                  "--offload_reference" if self.offload else ""]
-        return " ".join(filter(None, flags)) or "published"
+        return " ".join(filter(None, flags)) or "(none)"
 
 
 class LiveBytes(TorchDispatchMode):
-    """live: bytes of all storages that operations inside have made and that still exist; peak: their maximum."""
+    """live: bytes of all storages that operations inside have made and that still exist; peak: their maximum.
 
-    def __init__(self):
+    outside: tensors that were there before; an operation that writes into one, or views it, makes nothing.
+    """
+
+    def __init__(self, outside: Iterable[torch.Tensor]):
         super().__init__()
         self.live = self.peak = 0
-        self.known = weakref.WeakSet()
+        self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in outside)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -126,6 +140,8 @@ def count_step(setting: Setting, batch: int) -> dict[str, float]:
             reference = halve(make_unet(setting.model).train())
         if setting.checkpointing:
             policy.enable_gradient_checkpointing()
+        if setting.selective:
+            recompute_cheap(policy)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
@@ -133,11 +149,14 @@ def count_step(setting: Setting, batch: int) -> dict[str, float]:
         inputs = (torch.empty(samples, 4, side, side), torch.empty(samples, dtype=torch.long),
                   torch.empty(samples, 77, config["cross_attention_dim"]))
         added = added if setting.model == "sdxl" else None
-        with LiveBytes() as bytes_, as_on_a_gpu():
+        gradients = [parameter.grad for parameter in trainable]
+        outside = [*policy.parameters(), *reference.parameters(), *gradients, *inputs, *(added or {}).values()]
+        with LiveBytes(outside) as bytes_, as_on_a_gpu():
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 reference(*inputs, added_cond_kwargs=added, return_dict=False)
             reference_peak, bytes_.peak = bytes_.peak, bytes_.live
-            with torch.autocast("cpu", torch.bfloat16):  # which ends before the backward pass, as accelerate's does
+            # Autocast ends before the backward pass, as accelerate's does.
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=setting.official):
                 prediction = policy(*inputs, added_cond_kwargs=added, return_dict=False)[0]
             loss = prediction.float().square().mean()
             kept = bytes_.live
@@ -147,41 +166,88 @@ def count_step(setting: Setting, batch: int) -> dict[str, float]:
             ("gradients", trainable))}
     size["moments"] = sum(parameter.numel() for parameter in trainable) * MOMENT_BYTES[setting.optimizer] / gib
     reference_weights = size.pop("reference")
-    weights = size["policy"] + size["gradients"] + size["moments"]
     in_policy, in_reference = bytes_.peak / gib, reference_peak / gib + (reference_weights if setting.offload else 0)
-    total = weights + max(in_policy, in_reference) + (0 if setting.offload else reference_weights)
     size["reference"] = 0.0 if setting.offload else reference_weights
+    size["encoders"], in_vae = count_encoders(setting.model, samples) if setting.official else (0.0, 0.0)
+    total = sum(size.values()) + max(in_policy, in_reference, in_vae)
     return size | {"activations": kept / gib, "total": total}
+
+
+def recomputed_share(setting: Setting) -> float:
+    """Operations of products, convolutions and attention done again in the backward pass, over a forward pass's."""
+    if not setting.checkpointing and not setting.selective:
+        return 0.0
+    side, counts = RESOLUTIONS[setting.model] // 8, []
+    added = {"text_embeds": torch.empty(1, 1280, device="meta"), "time_ids": torch.empty(1, 6, device="meta")}
+    for recompute in (False, True):
+        with torch.device("meta"):
+            unet = make_unet(setting.model).train()
+            if recompute:
+                recompute_cheap(unet) if setting.selective else unet.enable_gradient_checkpointing()
+            inputs = (torch.empty(1, 4, side, side), torch.empty(1, dtype=torch.long),
+                      torch.empty(1, 77, UNETS[setting.model]["cross_attention_dim"]))
+            with FlopCounterMode(display=False) as counter:
+                prediction = unet(*inputs, added_cond_kwargs=added if setting.model == "sdxl" else None)[0]
+                forward = counter.get_total_flops()
+                prediction.sum().backward()
+        counts.append(counter.get_total_flops())
+    return (counts[1] - counts[0]) / forward
+
+
+def count_encoders(model: str, images: int) -> tuple[float, float]:
+    """GiB of the weights of VAE and text encoders in bf16, and of what encoding the images adds at its highest."""
+    side = RESOLUTIONS[model]
+    with FakeTensorMode():
+        vae = AutoencoderKL.from_config(VAES[model])
+        texts = [kind(CLIPTextConfig(**config)) for kind, config in TEXT_ENCODERS[model]]
+        for module in vae.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=torch.bfloat16), requires_grad=False))
+        pixels = torch.empty(min(images, VAE_BATCH), 3, side, side, dtype=torch.bfloat16)
+        with LiveBytes([pixels, *vae.parameters()]) as bytes_, torch.no_grad():
+            vae.encode(pixels)
+        weights = sum(parameter.numel() for module in (vae, *texts) for parameter in module.parameters())
+    return 2 * weights / 2.0**30, bytes_.peak / 2.0**30
 
 
 def settings(model: str) -> list[Setting]:
     if model == "sdxl":
-        return [Setting(model, "adafactor", checkpointing=True),
+        return [Setting(model, "adafactor", checkpointing=True, official=True),
+                Setting(model, "adafactor", checkpointing=True),
                 Setting(model, "adafactor", checkpointing=True, offload=True),
+                Setting(model, "adafactor", selective=True),
                 Setting(model, "adamw", lora=True, checkpointing=True)]
-    return [Setting(model, "adamw"), Setting(model, "adamw", checkpointing=True), Setting(model, "adamw8bit"),
+    return [Setting(model, "adamw", official=True), Setting(model, "adamw"), Setting(model, "adamw", selective=True),
+            Setting(model, "adamw", checkpointing=True), Setting(model, "adamw8bit", selective=True),
             Setting(model, "adamw8bit", checkpointing=True, offload=True), Setting(model, "adamw", lora=True),
-            Setting(model, "adamw", lora=True, checkpointing=True)]
+            Setting(model, "adamw", lora=True, selective=True), Setting(model, "adamw", lora=True, checkpointing=True)]
 
 
 def main() -> None:
     [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.memory"))
     if any(model not in UNETS for model in options.models):
         raise UserError(f"--models are {', '.join(UNETS)}")
+    most = options.batches[-1]
     print(f"GiB a GPU, computed, bf16, with a cache; fits: pairs in a micro-step with {options.margin} GiB to spare\n")
     print("| model | settings | policy | gradients | moments | reference | "
-          + " | ".join(f"total, {batch} pairs" for batch in options.batches) + " | "
+          + " | ".join(f"total, {batch} pairs" for batch in options.batches)
+          + f" | {most} pairs, to official | recomputed | "
           + " | ".join(f"fits {card} GB" for card in CARDS) + " |")
-    print("|---|---|" + "---:|" * (4 + len(options.batches) + len(CARDS)))
-    for setting in [setting for model in options.models for setting in settings(model)]:
-        one, two = count_step(setting, 1), count_step(setting, 2)
-        totals = {batch: one["total"] + (batch - 1) * (two["total"] - one["total"]) for batch in options.batches}
-        fits = [max((batch for batch, total in totals.items() if total + options.margin <= card), default=0)
-                for card in CARDS]
-        cells = [setting.model, str(setting),
-                 *(f"{one[name]:.1f}" for name in ("policy", "gradients", "moments", "reference")),
-                 *(f"{total:.1f}" for total in totals.values()), *(str(fit) if fit else "no" for fit in fits)]
-        print("| " + " | ".join(cells) + " |", flush=True)
+    print("|---|---|" + "---:|" * (6 + len(options.batches) + len(CARDS)))
+    for model in options.models:
+        official = None
+        for setting in settings(model):
+            counts = {batch: count_step(setting, batch) for batch in options.batches}
+            totals = {batch: count["total"] for batch, count in counts.items()}
+            official = official or totals[most]
+            fits = [max((batch for batch, total in totals.items() if total + options.margin <= card), default=0)
+                    for card in CARDS]
+            cells = [model, str(setting),
+                     *(f"{counts[most][name]:.1f}" for name in ("policy", "gradients", "moments", "reference")),
+                     *(f"{total:.1f}" for total in totals.values()), f"{totals[most] / official:.2f}",
+                     f"{recomputed_share(setting):.0%}",
+                     *(str(fit) if fit else "no" for fit in fits)]
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

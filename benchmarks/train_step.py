@@ -5,10 +5,12 @@
 builds the models at their published sizes with random weights and measures, one after the other:
 
     baseline    as the official program does: encoders in the loop, reference cast to the compute dtype as a whole,
-                errors in that dtype, eager, seven gathers with .item() in every micro-step (xformers: torch's SDPA here)
+                errors in that dtype, eager, autocast's cache, seven gathers with .item() in every micro-step (xformers:
+                torch's SDPA here)
     uncached    train.py's own step, encoders in the loop
     cached      with a cache of training.cache
-    compiled    cached, with --compile --channels_last
+    compact     cached, with --selective_checkpointing; SDXL, which recomputes everything, with --offload_reference
+    compiled    cached, with --compile --channels_last and, but for SDXL, --selective_checkpointing
 
 --variants chooses among them; --baseline is short for --variants baseline. Tensors, draws and batches are train.py's.
 """
@@ -51,7 +53,7 @@ from training.logs import StepScalars
 from training.models import Models, set_up_policy_and_reference
 from training.optimizers import make_optimizer
 
-VARIANTS = ("baseline", "uncached", "cached", "compiled")
+VARIANTS = ("baseline", "uncached", "cached", "compact", "compiled")
 PARTS = ("data", "vae", "text", "reference", "policy", "backward", "optimizer", "logging")
 
 
@@ -181,7 +183,7 @@ def prepare(variant: str, args: TrainArguments, options: Arguments, table: datas
     device, dtype, official = accelerator.device, COMPUTE_DTYPES[args.mixed_precision], variant == "baseline"
     models = make_encoders(options.model, args, dtype, device)
     cache = None
-    if variant in ("cached", "compiled"):
+    if variant in ("cached", "compact", "compiled"):
         args.cached_dataset = str(folder)
         if not (folder / "manifest.json").is_file():
             encode_table(table, ["jpg_0", "jpg_1"], models, args, CacheArguments(), accelerator)
@@ -189,11 +191,14 @@ def prepare(variant: str, args: TrainArguments, options: Arguments, table: datas
         models.vae, models.text_encoders = None, []
         free_device(device)
     args.compile = args.channels_last = variant == "compiled"
+    args.selective_checkpointing = variant in ("compact", "compiled") and not args.sdxl
+    args.offload_reference = variant == "compact" and args.sdxl
     with torch.device(device):
         torch.manual_seed(0)
         unet = make_unet(options.model)
     set_up_policy_and_reference(models, unet, args, dtype, device)
     trainable = list(models.policy.parameters())
+    accelerator.autocast_handler.cache_enabled = official
     if official:
         models.reference = frozen(models.reference, dtype)
         optimizer = (Adafactor(trainable, lr=1e-6, scale_parameter=False, relative_step=False) if args.sdxl else

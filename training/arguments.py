@@ -89,6 +89,7 @@ class TrainArguments:
     mixed_precision: Literal["no", "fp16", "bf16"] = option("fp16", "compute dtype of the UNets, VAE and text encoders")
     allow_tf32: bool = option(False, "TF32 matrix products on NVIDIA GPUs")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass (SDXL: always)")
+    selective_checkpointing: bool = option(False, "recompute what is cheap and keep the rest, instead of recomputing all")
     compile: bool = option(False, "torch.compile the UNets' repeated blocks: some minutes at the start, faster steps")
     channels_last: bool = option(False, "keep the UNets' convolutions in channels-last memory")
     offload_reference: bool = option(False, "keep the reference on the host between its turns, for small GPUs")
@@ -271,8 +272,9 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
         if args.winner_preserving_granularity == "sample":
             raise UserError("--winner_preserving_space parameter has one lambda a micro-batch: a pair's own would take a "
                             "backward pass each; drop --winner_preserving_granularity sample")
-        if args.compile or args.train_method == "spo":
-            other = "--compile" if args.compile else "--train_method spo"
+        other = ("--compile" if args.compile else "--selective_checkpointing" if args.selective_checkpointing else
+                 "--train_method spo" if args.train_method == "spo" else None)
+        if other:
             raise UserError(f"--winner_preserving_space parameter does not go with {other}: drop one")
     if any("\ud800" <= character <= "\udfff" for character in "".join(args.validation_prompts)):
         raise UserError("--validation_prompts holds bytes that are not UTF-8 text")

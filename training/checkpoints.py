@@ -41,7 +41,7 @@ FREE_SETTINGS = {
     "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_resume", "hard_skip_resume", "logging_dir",
     "report_to", "tracker_project_name", "validation_prompts", "validation_steps", "validation_guidance",
     "validation_inference_steps", "push_to_hub", "hub_model_id", "local_rank",
-    "gradient_checkpointing", "metrics_config", "max_bad_fraction", "max_nonfinite_steps",
+    "gradient_checkpointing", "selective_checkpointing", "metrics_config", "max_bad_fraction", "max_nonfinite_steps",
     "watch_winner_rise", "watch_margin", "process_timeout", "cached_dataset", "compile",
     "channels_last", "offload_reference",
 }

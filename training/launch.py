@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, InitProcessGroupKwargs,
-                              ProjectConfiguration, set_seed)
+from accelerate.utils import (AutocastKwargs, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin,
+                              InitProcessGroupKwargs, ProjectConfiguration, set_seed)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +39,8 @@ def start_accelerator(args: TrainArguments, process_timeout: float = 1800.0) -> 
             mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to, project_config=project,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                             # A UNet uses each weight once a pass: the cache would only hold bf16 copies of all of them.
+                             AutocastKwargs(cache_enabled=False),
                              InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout))])
     except (ValueError, ImportError) as error:
         raise UserError(f"accelerate cannot start with --mixed_precision {args.mixed_precision} --report_to "

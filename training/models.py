@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from training.arguments import TrainArguments, warn
 from training.compile import check_compiler, compile_blocks
 from training.errors import UserError
+from training.recompute import recompute_cheap
 from training.weights import from_hub, load_unet
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -104,7 +105,9 @@ def set_up_policy_and_reference(models: Models, policy: UNet2DConditionModel, ar
         cast_training_params(policy, torch.float32)
     elif args.needs_reference:
         models.reference = make_reference(policy, dtype)
-    if args.gradient_checkpointing or args.sdxl:
+    if args.selective_checkpointing and not args.compile:  # a compiler divides its regions itself
+        recompute_cheap(policy)
+    elif (args.gradient_checkpointing or args.sdxl) and not args.selective_checkpointing:
         policy.enable_gradient_checkpointing()
     models.policy = policy.train().to(device)
     if args.channels_last:
@@ -114,7 +117,7 @@ def set_up_policy_and_reference(models: Models, policy: UNet2DConditionModel, ar
         keep_on_host(models.reference, device) if args.offload_reference else models.reference.to(device)
     if args.compile:
         for unet in filter(None, (policy, models.reference)):
-            compile_blocks(unet)
+            compile_blocks(unet, selective=args.selective_checkpointing)
 
 
 def check_conditioning(unet: UNet2DConditionModel, args: TrainArguments) -> None:

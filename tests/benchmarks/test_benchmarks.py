@@ -8,7 +8,7 @@ import torch
 from benchmarks import train_step
 from benchmarks.communication import Arguments as CommunicationArguments
 from benchmarks.communication import model_times
-from benchmarks.memory import LiveBytes, Setting, count_step
+from benchmarks.memory import LiveBytes, Setting, count_step, recomputed_share
 from benchmarks.models import TEXT_ENCODERS, VAES, make_unet
 from benchmarks.train_step import unet_forward_flops
 from training.errors import UserError
@@ -38,7 +38,7 @@ def test_train_step_prints_its_table_and_the_ratio(program, tmp_path):
                 "| pairs/s |", "| UNets' share of the matrix rate |", "| pairs/s against baseline | 1.00x |"):
         assert row in told
     figures = {result["variant"]: result for result in json.loads((tmp_path / "figures.json").read_text())}
-    assert set(figures) == {"baseline", "uncached", "cached"}
+    assert set(figures) == {"baseline", "uncached", "cached", "compact"}
     for part in ("vae", "text"):
         assert figures["cached"]["milliseconds"].get(part, 0) == 0 < figures["baseline"]["milliseconds"][part]
     assert all(figure["pairs_per_second"] > 0 for figure in figures.values())
@@ -51,7 +51,10 @@ def test_a_wrong_choice_is_told_in_one_line(monkeypatch):
 
 
 def test_live_bytes_counts_storages_while_they_live():
-    with LiveBytes() as counter:
+    outside = torch.ones(1000)
+    with LiveBytes([outside]) as counter:
+        outside.add_(1)
+        outside.view(10, 100)
         a = torch.ones(256)
         b = a.view(16, 16)
         assert counter.live == 1024
@@ -63,11 +66,15 @@ def test_live_bytes_counts_storages_while_they_live():
 
 
 def test_checkpointing_lora_and_offloading_take_less_memory():
-    plain, twice = count_step(Setting("tiny", "adamw"), 1), count_step(Setting("tiny", "adamw"), 2)
+    plain_setting = Setting("tiny", "adamw")
+    plain, twice = count_step(plain_setting, 1), count_step(plain_setting, 2)
     assert twice["activations"] == pytest.approx(2 * plain["activations"], rel=0.3)
-    less = [Setting("tiny", "adamw", checkpointing=True), Setting("tiny", "adamw8bit"), Setting("tiny", "adamw", lora=True),
+    less = [Setting("tiny", "adamw", checkpointing=True), Setting("tiny", "adamw", selective=True), Setting("tiny", "adamw8bit"), Setting("tiny", "adamw", lora=True),
             Setting("tiny", "adamw", offload=True)]
     assert all(count_step(setting, 1)["total"] < plain["total"] for setting in less)
+    assert 0 == recomputed_share(plain_setting) < recomputed_share(less[1]) < recomputed_share(less[0]) < 1
+    official = count_step(Setting("tiny", "adamw", official=True), 1)
+    assert official["total"] > plain["total"] + official["encoders"] > plain["total"]
 
 
 def test_flops_of_the_unets_are_of_the_known_order():

@@ -1,6 +1,7 @@
 """What makes a step faster or smaller must not change what it computes, and a micro-step must not wait for the device."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -49,13 +50,15 @@ def test_savings_of_memory_change_no_bit_and_channels_last_agrees(train_run, tin
     assert len(plain) == 20 and plain[-1]["train_loss"] != plain[0]["train_loss"]
     offloaded = train_run(arguments(tiny_sd15, pairs_dir, "--offload_reference", "--gradient_checkpointing"))
     assert largest_difference(plain, offloaded) == 0.0
+    assert largest_difference(plain, train_run(arguments(tiny_sd15, pairs_dir, "--selective_checkpointing"))) == 0.0
     assert largest_difference(plain, train_run(arguments(tiny_sd15, pairs_dir, "--channels_last"))) < 1e-4
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU: for a CPU, compiling takes minutes"))])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[
+    pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available() and shutil.which("g++") is None,
+                                         reason="needs a GPU or a C++ compiler")])])
 def test_compiled_agrees(train_run, one_block_sd15, pairs_dir, monkeypatch, backend):
-    """aot_eager captures, splits into forward and backward and caches as inductor does, and runs torch's own kernels."""
+    """inductor is what --compile uses; aot_eager captures, splits and caches as it does, and runs torch's own kernels."""
     if backend == "aot_eager":
         compile_module = torch.nn.Module.compile
         monkeypatch.setattr("training.models.check_compiler", lambda device: None)
