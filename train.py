@@ -22,7 +22,7 @@ from training.arguments import TrainArguments, names_given, parse_arguments, war
 from training.checkpoints import (find_checkpoint, load_checkpoint, register_hooks, save_checkpoint,
                                   read_progress, save_result, write_run_file)
 from training.cached_dataset import CachedDataset, check_cache
-from training.data import PairDataset, choose_pairs, load_table, make_loader
+from training.data import PairDataset, choose_pairs, load_rows, make_loader
 from training.diffusion import noisy_batch, predict, predict_reference
 from training.errors import run_program
 from training.guards import Guards
@@ -30,7 +30,8 @@ from training.hub import push
 from training.launch import (COMPUTE_DTYPES, gradient_norm, identify_run, start_accelerator, take_step,
                              tracker_config)
 from training.logs import MetricsFile, StepScalars, Throughput, peak_memory_gb
-from training.models import (load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler)
+from training.models import (is_refiner, is_turbo, load_frozen_encoders, load_policy_and_reference,
+                             load_tokenizers_and_scheduler)
 from training.optimizers import effective_learning_rate, make_optimizer, make_schedule, optimizer_name
 from training.parameter_space import backward_in_parameter_space, check_whole_gradients
 from training.relabel import ai_feedback_labels
@@ -47,11 +48,12 @@ def summary(args: TrainArguments, accelerator: Accelerator, pairs, lr: float, ma
     reference = "none" if not args.needs_reference else "policy without adapter" if args.lora_rank else "frozen copy"
     lines = {
         "method": f"{args.train_method}, beta {args.beta_dpo:g}, safeguard {safeguard}",
-        "base": f"{args.pretrained_model_name_or_path} ({'SDXL' if args.sdxl else 'SD1.5'}, {args.resolution} px)",
+        "base": f"{args.pretrained_model_name_or_path} ({'SDXL' if args.sdxl else 'SD1.5'}, {args.resolution} px"
+                f"{', turbo: four timesteps' * is_turbo(args)}{', refiner: low timesteps' * is_refiner(args)})",
         "policy": f"LoRA rank {args.lora_rank}" if args.lora_rank else "whole UNet, float32 weights",
         "reference": reference,
         "precision": f"{args.mixed_precision}, errors in float32",
-        "pairs": "; ".join([f"{len(pairs)} of {args.data_source}", *pairs.notes]),
+        "pairs": "; ".join([f"{len(pairs)} of {args.data_source or args.cached_dataset}", *pairs.notes]),
         "batch": f"{per_step} pairs a step = {accelerator.num_processes} device(s) x {args.train_batch_size} x "
                  f"{args.gradient_accumulation_steps} accumulated",
         "steps": f"{max_steps}, {max_steps * per_step / len(pairs):.2f} passes over the pairs",
@@ -75,14 +77,13 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
     models = load_tokenizers_and_scheduler(args)
     cache = CachedDataset(args.cached_dataset) if args.cached_dataset else None
     with accelerator.main_process_first():
-        table = cache.rows() if cache else load_table(args)
-    images = load_table(args) if cache and args.choice_model else table  # a cache has no images to judge
+        table, images = load_rows(args, cache)
     labels = ai_feedback_labels(images, args, accelerator) if args.choice_model else None
     pairs = choose_pairs(table, args, args.seed, labels)
 
     # 3. Models: frozen encoders, policy, and the reference it is compared with.
     if cache:
-        check_cache(cache, models, args, compute_dtype)
+        check_cache(cache, models, args, pairs.image_columns, compute_dtype)
     else:
         load_frozen_encoders(models, args, compute_dtype, device)
     load_policy_and_reference(models, args, compute_dtype, device)
@@ -119,7 +120,7 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
 
     # 6. The loop: one optimizer step a turn.
     loss_config, metrics = args.loss_config(), MetricsFile(args.output_dir, first_step)
-    scalars, throughput, saved_step = StepScalars(), Throughput(pairs_per_step), first_step
+    scalars, throughput, saved_step = StepScalars(), Throughput(pairs_per_step), first_step if checkpoint else -1
     bar = tqdm(range(first_step, max_steps), initial=first_step, total=max_steps, desc=args.train_method, unit="step",
                disable=not accelerator.is_local_main_process, dynamic_ncols=True)
     for step in bar:

@@ -22,11 +22,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
 
-from benchmarks.models import make_unet
+from benchmarks.models import UNETS, make_unet
+from benchmarks.timing import check_output, check_positive
 from benchmarks.train_step import Arguments as StepArguments
 from benchmarks.train_step import make_pairs, prepare
 from training.arguments import parse_arguments, parse_words
-from training.errors import run_program
+from training.errors import UserError, run_program
 from training.launch import start_accelerator
 
 COUNTED = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce",
@@ -108,6 +109,8 @@ def model_times(options: Arguments, parameters: int) -> list[str]:
     one_gpu = None
     for gpus in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         accumulation = options.effective_batch // (per_gpu * gpus)
+        if accumulation * per_gpu * gpus != options.effective_batch:
+            break  # from here on the batch cannot be divided
         bandwidth = (options.node_gbs if gpus <= 8 else options.network_gbs) * 1e9
         share = (gpus - 1) / gpus
         hidden = options.overlap * micro / 2  # about half of a micro-step is the backward pass
@@ -128,6 +131,14 @@ def model_times(options: Arguments, parameters: int) -> list[str]:
 
 def main() -> None:
     [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.communication"))
+    check_positive(options, "accumulation")
+    check_positive(options, "node_gbs", "network_gbs", least=1e-9)
+    check_positive(options, "overlap", "micro_step_ms", "optimizer_ms", least=0)
+    if options.model not in UNETS:
+        raise UserError(f"--model must be one of {', '.join(UNETS)}, not {options.model}")
+    if options.effective_batch < 8 or options.effective_batch % 8:
+        raise UserError(f"--effective_batch {options.effective_batch} is no multiple of the 8 pairs of a micro-step")
+    check_output(options.json)
     counted = count_in_two_processes(options.accumulation)
     if options.json:
         Path(options.json).write_text(json.dumps(counted))

@@ -23,7 +23,7 @@ from benchmarks.train_step import make_pairs
 from shapes.pipeline import clip_tokenizer
 from training.arguments import parse_arguments, parse_words
 from training.cache import save_rows, write_shard
-from training.cached_dataset import CachedDataset
+from training.cached_dataset import CachedDataset, with_checks
 from training.data import PairDataset, choose_pairs, tokenize
 from training.draws import draw_pair
 from training.errors import run_program
@@ -54,14 +54,15 @@ def random_cache(folder: Path, table: datasets.Dataset, latent_shape: tuple, wid
     channels, *side = latent_shape
     prompts = ["", *table["caption"]]
     shards = {
-        "pairs-00000.safetensors": {"moments": torch.randn(len(table), 2, 2, 2 * channels, *side).bfloat16()},
-        "prompts-00000.safetensors": {name: torch.randn(len(prompts), *shape).bfloat16()
-                                      for name, shape in widths.items()}}
+        "pairs-00000.safetensors": with_checks(
+            {"moments": torch.randn(len(table), 2, 2, 2 * channels, *side).bfloat16()}, dims=3),
+        "prompts-00000.safetensors": with_checks(
+            {name: torch.randn(len(prompts), *shape).bfloat16() for name, shape in widths.items()}, dims=1)}
     for name, tensors in shards.items():
         write_shard(folder / name, tensors)
     save_rows(table, ["jpg_0", "jpg_1"], folder / "rows")
     texts = {"settings.json": {}, "prompts.json": prompts, "manifest.json": {
-        "shards": {name: (folder / name).stat().st_size for name in shards}, "faults": {}, "pairs_per_shard": len(table),
+        "shards": {name: (folder / name).stat().st_size for name in shards}, "files": {}, "faults": {}, "pairs_per_shard": len(table),
         "prompts_per_shard": len(prompts)}}
     for name, content in texts.items():
         (folder / name).write_text(json.dumps(content))

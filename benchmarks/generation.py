@@ -15,7 +15,7 @@ from diffusers import (AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler,
 from transformers import CLIPTextConfig, HfArgumentParser
 
 from benchmarks.models import RESOLUTIONS, TEXT_ENCODERS, UNETS, VAES, make_unet
-from benchmarks.timing import Parts
+from benchmarks.timing import Parts, check_positive
 from eval.sampling import Sampler, SamplingSettings
 from shapes.pipeline import clip_tokenizer
 from training.arguments import parse_words
@@ -53,6 +53,7 @@ def main() -> None:
     [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.generation"))
     if options.model not in UNETS:
         raise UserError(f"--model must be one of {', '.join(UNETS)}, not {options.model}")
+    check_positive(options, "batch", "images", "steps")
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     if not cuda:

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, HfArgumentParser
 
 from benchmarks.models import RESOLUTIONS, TEXT_ENCODERS, UNETS, VAES, make_unet
+from benchmarks.timing import check_positive
 from training.arguments import parse_words
 from training.diffusion import VAE_BATCH
 from training.errors import UserError, run_program
@@ -225,6 +226,8 @@ def settings(model: str) -> list[Setting]:
 
 def main() -> None:
     [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.memory"))
+    check_positive(options, "batches")
+    check_positive(options, "margin", least=0)
     if any(model not in UNETS for model in options.models):
         raise UserError(f"--models are {', '.join(UNETS)}")
     most = options.batches[-1]

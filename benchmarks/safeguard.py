@@ -13,11 +13,11 @@ import torch
 from transformers import HfArgumentParser
 
 from benchmarks.models import RESOLUTIONS
-from benchmarks.timing import Parts, matrix_rate
+from benchmarks.timing import Parts, check_positive, matrix_rate
 from benchmarks.train_step import unet_forward_flops
 from losses import LossConfig, preference_loss
 from training.arguments import parse_words
-from training.errors import run_program
+from training.errors import UserError, run_program
 
 
 @dataclass
@@ -41,6 +41,9 @@ def loss_time(model: str, guarded: bool, options: Arguments, device: torch.devic
 
 def main() -> None:
     [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.safeguard"))
+    check_positive(options, "batch", "repeats")
+    if any(model not in RESOLUTIONS for model in options.models):
+        raise UserError(f"--models are {', '.join(RESOLUTIONS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)

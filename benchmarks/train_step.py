@@ -6,7 +6,7 @@ builds the models at their published sizes with random weights and measures, one
 
     baseline    as the official program does: encoders in the loop, reference cast to the compute dtype as a whole,
                 errors in that dtype, eager, autocast's cache, seven gathers with .item() in every micro-step (xformers:
-                torch's SDPA here)
+                torch's SDPA here); Diffusion-DPO without the safeguard, which the others have
     uncached    train.py's own step, encoders in the loop
     cached      with a cache of training.cache
     compact     cached, with --selective_checkpointing; SDXL, which recomputes everything, with --offload_reference
@@ -17,6 +17,7 @@ builds the models at their published sizes with random weights and measures, one
 
 import gc
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -38,9 +39,9 @@ from transformers import HfArgumentParser
 from transformers.optimization import Adafactor
 
 from benchmarks.models import RESOLUTIONS, UNETS, frozen, make_encoders, make_unet
-from benchmarks.timing import Parts, matrix_rate
+from benchmarks.timing import Parts, check_output, check_positive, matrix_rate
 from losses import preference_loss
-from training.arguments import TrainArguments, parse_arguments, parse_words
+from training.arguments import TrainArguments, names_given, parse_arguments, parse_words
 from training.cache import CacheArguments, encode_table
 from training.cached_dataset import CachedDataset
 from training.compile import check_compiler
@@ -307,6 +308,8 @@ def main() -> None:
     unknown = [variant for variant in variants if variant not in VARIANTS]
     if unknown:
         raise UserError(f"--variants are {', '.join(VARIANTS)}, not {', '.join(unknown)}")
+    check_positive(options, "batch", "accumulation", "steps")
+    check_output(options.json)
     workers = options.num_workers if options.num_workers >= 0 else 8 if cuda else 0
     args = parse_arguments([
         f"--pretrained_model_name_or_path={options.model}", "--dataset_name=synthetic", "--report_to=none",
@@ -315,6 +318,14 @@ def main() -> None:
         f"--gradient_accumulation_steps={options.accumulation}", f"--dataloader_num_workers={workers}",
         f"--resolution={RESOLUTIONS[options.model]}", *(["--sdxl"] if options.model == "sdxl" else []),
         *options.train_flags])
+    chosen = names_given(options.train_flags)
+    refused = chosen & {"train_batch_size", "gradient_accumulation_steps", "channels_last", "compile", "lora_rank", "sft",
+                        "selective_checkpointing", "offload_reference", "cached_dataset", "resolution", "sdxl"}
+    if refused or args.train_method != "diffusion-dpo":
+        raise UserError(f"--train_flags cannot change what is compared ({', '.join(sorted(refused)) or args.train_method}): use "
+                        "--model, --batch, --accumulation and --variants")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("one device is measured: start it without a launcher; benchmarks.communication is about several")
     accelerator = start_accelerator(args)
     if not cuda:
         torch.set_num_threads(1)  # threads that wait for each other on a busy machine count as CPU time

@@ -233,7 +233,9 @@ def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
             raise UserError(f"{settings} is damaged: choose another --output_dir, or --overwrite what is there")
         changed = [f"{key} was {before.get(key)}, now {record[key]}" for key in record
                    if key not in NAMES and before.get(key) != record[key]]
-        if changed:
+        if changed and not any(path for kind in ("*.png", ".batch-*.ready") for path in group.folder.glob(kind)):
+            write_json(settings, record)  # it was begun with a mistake, and nothing was made
+        elif changed:
             raise UserError(f"{group.folder} holds images of other settings ({'; '.join(changed[:3])}): choose another "
                             "--output_dir, or --overwrite them")
     elif any(group.folder.glob("*.png")):

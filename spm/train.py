@@ -10,7 +10,7 @@ often the preferred image scores higher, at five timesteps, before and after tra
 import copy
 import json
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ from losses.spo import clean_and_noise
 from spm.data import LabelledPairs
 from spm.model import EVALUATION_TIMESTEPS, StepAwarePreferenceModel, load_spm, load_spm_tokenizer
 from training.arguments import config_files, option, parse_words, warn, yaml_to_argv
-from training.checkpoints import (find_checkpoint, load_checkpoint, policy_state, read_progress, register_hooks,
+from training.checkpoints import (continuing, find_checkpoint, load_checkpoint, policy_state, read_progress, register_hooks,
                                   save_checkpoint, save_weights, write_run_file, write_whole)
 from training.data import load_table, tokenize, worker_count
 from training.diffusion import encode_images, winners_first
@@ -112,8 +112,7 @@ def parse_spm_arguments(argv: list[str] | None = None) -> SPMArguments:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(SPMArguments, prog="spm.train", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="options in a file; the command line wins")
-    known = [f.name for f in fields(SPMArguments)]
-    args = parse_words(parser, [word for config in config_files(argv) for word in yaml_to_argv(config, known)] + argv)[0]
+    args = parse_words(parser, [word for config in config_files(argv) for word in yaml_to_argv(config, (SPMArguments,))] + argv)[0]
     if args.resolution is None:
         args.resolution = 1024 if args.sdxl else 512
     if args.resolution < 8 or args.resolution % 8:
@@ -342,7 +341,8 @@ def train(args: SPMArguments, stop: StopSignal) -> None:
                                 f"{args.max_bad_fraction:g}: {kept}. python -m training.check_data names them; raise "
                                 "the bound to train on regardless")
             if main_process:
-                print(f"Stopped by {stop.name or 'a signal'}: {kept}, the same command continues from it", flush=True)
+                print(f"Stopped by {stop.name or 'a signal'}: {kept}"
+                      + f", {continuing(args.resume_from_checkpoint)}" * bool(good), flush=True)
             return
         if done % args.validation_steps == 0 or done == args.max_train_steps:
             validate(done)

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -138,8 +138,11 @@ class TrainArguments:
         return self.train_method != "sft"
 
 
-def yaml_to_argv(path: str, known: list[str]) -> list[str]:
-    """A yaml file of `flag: value` as command-line words, so that one parser checks both; the real words come after."""
+def yaml_to_argv(path: str, classes: tuple[type, ...]) -> list[str]:
+    """A yaml file of `flag: value` as command-line words, so that one parser checks both; the real words come after.
+    classes: the dataclasses of options."""
+    types = {f.name: f.type for cls in classes for f in fields(cls)}
+    known = list(types)
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -154,6 +157,10 @@ def yaml_to_argv(path: str, known: list[str]) -> list[str]:
             raise UserError(f"{path}: no option is called '{key}'{hint}")
         if isinstance(value, dict) or isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
             raise UserError(f"{path}: '{key}' must be a plain value or a list of them")
+        if isinstance(value, list) and get_origin(types[key]) is not list:
+            raise UserError(f"{path}: '{key}' takes one value, not a list of {len(value)}")
+        if value is False and "no" in get_args(types[key]):
+            value = "no"  # yaml takes an unquoted no for false
         if value is not None:
             values = value if isinstance(value, list) else [value]
             argv += [f"--{key}={values[0]}"] if len(values) == 1 else [f"--{key}", *map(str, values)]
@@ -185,8 +192,7 @@ def parse_arguments(argv: list[str] | None = None, *classes):
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser((TrainArguments, *classes), prog="train.py", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="options in a file; the command line wins")
-    known = [f.name for cls in (TrainArguments, *classes) for f in fields(cls)]
-    argv = [word for config in config_files(argv) for word in yaml_to_argv(config, known)] + argv
+    argv = [word for config in config_files(argv) for word in yaml_to_argv(config, (TrainArguments, *classes))] + argv
     parsed = parse_words(parser, argv)
     args = parsed[0]
     check_arguments(args, names_given(argv))
@@ -315,6 +321,8 @@ def _warn_of_ignored(args: TrainArguments, given: set[str]) -> None:
     if args.use_adafactor:
         ignored("max_grad_norm", "--use_adafactor turns clipping off, as published")
     ignored("hard_skip_resume", "resuming never replays the data")
+    if args.lr_scheduler == "constant":
+        ignored("lr_warmup_steps", "the constant schedule has no warm-up (constant_with_warmup has)")
     if args.lr_warmup_steps >= args.max_train_steps > 0:
         warn(f"--lr_warmup_steps {args.lr_warmup_steps} is not below --max_train_steps {args.max_train_steps}: "
              "the learning rate never reaches its peak")

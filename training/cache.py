@@ -10,7 +10,9 @@ cached, decided or not: which of them are used, and who wins, is settled when tr
     DIR/prompts.json                 the distinct prompts, the empty one first
     DIR/prompts-NNNNN.safetensors    embeddings (n, 77, D); SDXL: pooled (n, P)
     DIR/pairs-NNNNN.safetensors      moments (n, images, flips, 2C, h, w): the VAE's mean and log-variance
-    DIR/manifest.json                written last: the size of every shard, and the rows that cannot be used
+    DIR/manifest.json                written last: sizes and digests, and the rows that cannot be used
+
+Every entry of a shard has its CRC-32 beside it, which is compared whenever the entry is read.
 
 Moments and embeddings are kept in the dtype in which the encoders answer, so nothing is rounded: a cached run sees the
 numbers that an uncached one computes. Shards appear whole, those that are there are kept, and processes share the rest.
@@ -33,13 +35,14 @@ from tqdm.auto import tqdm
 
 from training.arguments import TrainArguments, parse_arguments
 from training.bad_data import BadPair, decode_images, read_row, usable_captions
-from training.cached_dataset import MANIFEST, PROMPTS, ROWS, SETTINGS, cache_settings, read_json
-from training.checkpoints import sync, write_whole
+from training.cached_dataset import MANIFEST, PROMPTS, ROWS, SETTINGS, cache_settings, read_settings, with_checks
+from training.checkpoints import digest, raise_together, sync, write_whole, writing
 from training.data import choose_pairs, column_values, content_digest, load_table, tokenize
 from training.diffusion import encode_moments, encode_prompts
 from training.errors import UserError, run_program
 from training.images import cut_square, scale_pixels
 from training.launch import COMPUTE_DTYPES, start_accelerator
+from training.lock import LOCK_FILE, hold, release
 from training.models import Models, load_frozen_encoders, load_tokenizers_and_scheduler
 
 PROMPTS_PER_SHARD = 2048
@@ -106,7 +109,8 @@ def write_prompts(folder: Path, prompts: list[str], models: Models, args: TrainA
             embeddings, pooled = encode_prompts(models.text_encoders, ids, args.sdxl)
             part = {"embeddings": embeddings} | ({} if pooled is None else {"pooled": pooled})
             parts.append({name: tensor.cpu() for name, tensor in part.items()})
-        write_shard(folder / names[number], {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        write_shard(folder / names[number], with_checks(tensors, dims=1))
     return names
 
 
@@ -130,7 +134,7 @@ def write_pairs(folder: Path, table: datasets.Dataset, columns: list[str], model
         faults |= {int(row): json.loads(found) for row, found in zip(batch["row"], batch["faults"]) if found}
         last = int(batch["row"][-1])
         if last + 1 == rows or (last + 1) % per_shard == 0:
-            write_shard(folder / names[last // per_shard], {"moments": torch.cat(moments)},
+            write_shard(folder / names[last // per_shard], with_checks({"moments": torch.cat(moments)}, dims=3),
                         {"faults": json.dumps(faults)})
             moments, faults = [], {}
     return names
@@ -148,18 +152,24 @@ def save_rows(table: datasets.Dataset, columns: list[str], folder: Path) -> None
 
 
 def claim_folder(folder: Path, settings: dict) -> None:
-    """Start a cache in `folder`, or continue the one that was begun there with the same settings. Raises UserError."""
-    if (folder / SETTINGS).is_file():
-        begun = read_json(folder / SETTINGS, "")
-        differences = [name for name in settings if begun.get(name) != settings[name]]
-        if differences:
-            raise UserError(f"{folder} holds another cache (different {', '.join(differences)}): choose another folder")
-        return
+    """Start a cache in `folder`, or continue the one that was begun there with the same settings, and hold it against
+    other programs. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        hold(folder, "--cached_dataset")
+        if (folder / SETTINGS).is_file():
+            begun = read_settings(folder, "")
+            differences = [f"{name} {begun.get(name)!r} instead of {settings[name]!r}" for name in settings
+                           if begun.get(name) != settings[name]]
+            if differences:
+                raise UserError(f"{folder} holds another cache ({'; '.join(differences)}): choose another folder")
+            return
+        others = sorted({path.name for path in folder.iterdir()} - {LOCK_FILE, f".{SETTINGS}.partial"})
+        if others:
+            raise UserError(f"{folder} holds files that are no cache ({', '.join(others[:3])}): choose an empty folder")
+        write_whole(folder / SETTINGS, json.dumps(settings, indent=1))
     except OSError as error:
         raise UserError(f"cannot write to --cached_dataset {folder}: {error.strerror}") from None
-    write_whole(folder / SETTINGS, json.dumps(settings, indent=1))
 
 
 def make_cache(args: TrainArguments, options: CacheArguments, accelerator: Accelerator) -> None:
@@ -177,41 +187,51 @@ def encode_table(table: datasets.Dataset, columns: list[str], models: Models, ar
                  options: CacheArguments, accelerator: Accelerator) -> None:
     """Write the whole cache, or what is missing of it; every process must call this. Raises UserError."""
     folder = Path(args.cached_dataset)
-    settings = cache_settings(args, models) | {"rows": len(table), "content": content_digest(table, args),
-                                               "pairs_per_shard": options.pairs_per_shard}
+    prompts = list(dict.fromkeys(["", *usable_captions(column_values(table, args.caption_column))]))
+    settings = cache_settings(args, models, columns, prompts) | {
+        "rows": len(table), "content": content_digest(table, args), "pairs_per_shard": options.pairs_per_shard}
+    problem = None
     if accelerator.is_main_process:
-        claim_folder(folder, settings)
-    accelerator.wait_for_everyone()
+        try:
+            claim_folder(folder, settings)
+        except UserError as error:
+            problem = str(error)
+    raise_together(accelerator, problem)
 
-    captions = usable_captions(column_values(table, args.caption_column))
-    prompts = list(dict.fromkeys(["", *captions]))
-    if accelerator.is_main_process:
-        print(f"Caching {len(table)} rows and {len(prompts)} prompts into {folder}", flush=True)
-        write_whole(folder / PROMPTS, json.dumps(prompts, ensure_ascii=False))
-        save_rows(table, columns, folder / ROWS)
-    names = write_prompts(folder, prompts, models, args, options, accelerator)
-    names += write_pairs(folder, table, columns, models, args, options, accelerator)
-    accelerator.wait_for_everyone()
-
-    if accelerator.is_main_process:
-        faults = {}
-        for name in names:
-            with safe_open(folder / name, framework="np") as file:
-                faults |= json.loads((file.metadata() or {}).get("faults", "{}"))
-        manifest = {"shards": {name: (folder / name).stat().st_size for name in names}, "faults": faults,
-                    "pairs_per_shard": options.pairs_per_shard, "prompts_per_shard": PROMPTS_PER_SHARD}
-        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
-        size = sum(manifest["shards"].values()) / 2**30
-        print(f"Done: {folder}, {size:.2f} GiB, {len(faults)} rows with images that cannot be used", flush=True)
-    accelerator.wait_for_everyone()
+    what = f"the cache in {folder}"
+    with writing(accelerator, what, folder, "--cached_dataset"):
+        if accelerator.is_main_process:
+            print(f"Caching {len(table)} rows and {len(prompts)} prompts into {folder}", flush=True)
+            write_whole(folder / PROMPTS, json.dumps(prompts, ensure_ascii=False))
+            save_rows(table, columns, folder / ROWS)
+    with writing(accelerator, what, folder, "--cached_dataset"):
+        names = write_prompts(folder, prompts, models, args, options, accelerator)
+        names += write_pairs(folder, table, columns, models, args, options, accelerator)
+    with writing(accelerator, what, folder, "--cached_dataset"):
+        if accelerator.is_main_process:
+            faults = {}
+            for name in names:
+                with safe_open(folder / name, framework="np") as file:
+                    faults |= json.loads((file.metadata() or {}).get("faults", "{}"))
+            files = [folder / PROMPTS, *sorted(path for path in (folder / ROWS).iterdir())]
+            manifest = {"shards": {name: (folder / name).stat().st_size for name in names},
+                        "files": {path.relative_to(folder).as_posix(): digest(path) for path in files}, "faults": faults,
+                        "pairs_per_shard": options.pairs_per_shard, "prompts_per_shard": PROMPTS_PER_SHARD}
+            write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
+            size = sum(manifest["shards"].values()) / 2**30
+            print(f"Done: {folder}, {size:.2f} GiB, {len(faults)} rows with images that cannot be used", flush=True)
+            release(folder)
 
 
 def main() -> None:
     args, options = parse_arguments(None, CacheArguments)
-    if args.cached_dataset is None:
+    if not args.cached_dataset:
         raise UserError("name the folder that the cache is written to: --cached_dataset DIR")
     if args.data_source is None:
         raise UserError("name the pairs to cache: --dataset_name (hub id, folder or parquet) or --train_data_dir")
+    for name, value in vars(options).items():
+        if value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
     make_cache(args, options, start_accelerator(args))
 
 

@@ -117,6 +117,10 @@ def main() -> int:
     parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--report", help="write each pair that cannot be used to this file, as a line of JSON")
     options = parser.parse_args()
+    if options.num_workers < 0:
+        raise UserError(f"--num_workers must not be negative, is {options.num_workers}")
+    if options.report and not Path(options.report).absolute().parent.is_dir():
+        raise UserError(f"--report {options.report}: there is no folder {Path(options.report).parent}")
     datasets.disable_progress_bars()
     local = Path(options.dataset).exists()
     args = TrainArguments("none", dataset_name=None if local else options.dataset,

@@ -35,6 +35,10 @@ from training.weights import LORA_FILE, load_strictly, load_unet, merge_lora, re
 
 MANIFEST, PROGRESS, RUN_FILE = "manifest.json", "progress.json", "run.json"
 
+# What a run leaves in output_dir, besides the pipeline around its UNet, which the next result replaces whole.
+RUN_OUTPUTS = ("checkpoint-*", RUN_FILE, "metrics.jsonl", "bad_data.jsonl", "nonfinite.jsonl", "unet.pth", LORA_FILE,
+               "validation", "logs")
+
 # Settings that may change between a run and its continuation without changing what is learned from which pair.
 FREE_SETTINGS = {
     "cache_dir", "dataloader_num_workers", "max_train_steps", "num_train_epochs", "output_dir", "checkpointing_steps",
@@ -140,9 +144,13 @@ def read_progress(folder: Path) -> dict:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """checkpoint-STEP folders, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*")
-             if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
-    return [path for _, path in sorted(found)]
+    found = [path for path in output_dir.glob("checkpoint-*")
+             if path.is_dir() and re.fullmatch(r"checkpoint-(\d+)", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 # --- settings of a run ---------------------------------------------------------------------------------------------
@@ -215,12 +223,26 @@ def write_run_file(args, accelerator: Accelerator) -> None:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             hold(output_dir)
+            if starts_anew(args.resume_from_checkpoint):
+                set_aside(output_dir, [path for name in RUN_OUTPUTS for path in output_dir.glob(name)], "Starting anew")
             write_whole(output_dir / RUN_FILE, json.dumps(run_settings(args, accelerator), indent=1))
         except UserError as error:
             problem = str(error)
         except OSError as error:
             problem = f"cannot write to --output_dir {args.output_dir}: {error.strerror}"
     raise_together(accelerator, problem)
+
+
+def set_aside(output_dir: Path, paths: list[Path], why: str) -> None:
+    """Move what a run left into output_dir/replaced-N, so that it is neither lost nor taken for the new run's."""
+    if not paths:
+        return
+    folder = next(folder for number in itertools.count(1) if not (folder := output_dir / f"replaced-{number}").exists())
+    folder.mkdir()
+    for path in paths:
+        path.rename(folder / path.name)
+    checkpoints = sum(path.name.startswith("checkpoint-") for path in paths)
+    print(f"{why}: {checkpoints} checkpoint(s) and what belongs to them are now in {folder}", flush=True)
 
 
 # --- saving and loading --------------------------------------------------------------------------------------------
@@ -243,15 +265,16 @@ def write_fault(error: Exception, folder: Path) -> str:
 
 
 @contextmanager
-def writing(accelerator: Accelerator, what: str, output_dir: Path):
+def writing(accelerator: Accelerator, what: str, output_dir: Path, flag: str = "--output_dir"):
     """Where a process cannot write, all raise UserError at the block's end. Collectives inside are for sharded runs."""
     problem = None
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         problem = (f"cannot write {what}: {write_fault(error, output_dir)}. What was saved before it "
-                   "is intact: make room, or name another --output_dir, then run the same command again")
+                   f"is intact: make room, or name another {flag}, then run the same command again")
     raise_together(accelerator, problem)
+
 
 def sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -347,7 +370,7 @@ def remove_older(newest: Path, step: int, limit: int) -> None:
     problem = fault(newest)
     if problem:
         raise OSError(f"{newest} reads back damaged ({problem})")
-    older = [path for path in list_checkpoints(newest.parent) if int(path.name.split("-")[1]) < step]
+    older = [path for path in list_checkpoints(newest.parent) if step_of(path) < step]
     for path in older[:max(len(older) - limit + 1, 0)]:
         path.rename(path.with_name(f".{path.name}.old"))  # so that no half-deleted folder looks like a checkpoint
     remove_leftovers(newest.parent)
@@ -366,13 +389,16 @@ def find_checkpoint(args, accelerator: Accelerator) -> Path | None:
     found, problem = None, None
     if accelerator.is_main_process:
         try:
-            found = choose_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+            output_dir = Path(args.output_dir)
+            found = choose_checkpoint(args.resume_from_checkpoint, output_dir)
             steps = getattr(args, "max_train_steps", 0)
             if found and 0 < steps < read_progress(found)["step"]:
                 raise UserError(f"{found} is beyond --max_train_steps {steps}: raise it, or name an earlier checkpoint "
                                 "with --resume_from_checkpoint")
-            if starts_anew(args.resume_from_checkpoint):
-                set_aside_checkpoints(Path(args.output_dir))
+            if found and found.parent.resolve() == output_dir.resolve():  # later ones are of a branch that is left
+                later = [path for path in list_checkpoints(output_dir) if step_of(path) > step_of(found)]
+                named = (args.resume_from_checkpoint or "").strip() != "latest"
+                set_aside(output_dir, later if named else [], f"Going on from {found.name}")
         except UserError as error:
             problem = str(error)
         except OSError as error:
@@ -383,20 +409,14 @@ def find_checkpoint(args, accelerator: Accelerator) -> Path | None:
     return found
 
 
+def continuing(wanted: str | None) -> str:
+    """How the run that has just been saved is continued."""
+    again = (wanted or "").strip() == "latest"
+    return "the same command continues from it" if again else "--resume_from_checkpoint latest continues from it"
+
+
 def starts_anew(wanted: str | None) -> bool:
     return (wanted or "").strip().lower() in ("", "none")
-
-
-def set_aside_checkpoints(output_dir: Path) -> None:
-    """Move the checkpoints of a run that is begun anew into output_dir/replaced-N, so that none is taken for its own."""
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
-        return
-    folder = next(folder for number in itertools.count(1) if not (folder := output_dir / f"replaced-{number}").exists())
-    folder.mkdir()
-    for path in checkpoints:
-        path.rename(folder / path.name)
-    print(f"Starting anew: {len(checkpoints)} earlier checkpoint(s) are now in {folder}", flush=True)
 
 
 def choose_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:

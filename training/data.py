@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from training.arguments import TrainArguments
 from training.bad_data import BadPair, decode_images, read_caption, read_row
-from training.cached_dataset import CachedDataset
+from training.cached_dataset import CachedDataset, is_local
 from training.draws import PairDraw, PairStream, draw_pair
 from training.errors import UserError, first_line
 from training.images import cut_square
@@ -36,8 +36,12 @@ def load_table(args: TrainArguments) -> datasets.Dataset:
     try:
         if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             table = datasets.load_from_disk(source)
-            table = table[args.split] if isinstance(table, datasets.DatasetDict) else table
+            if isinstance(table, datasets.DatasetDict):
+                table = table[args.split]
+            else:
+                check_only_split(args)
         elif path.is_file():
+            check_only_split(args)
             table = datasets.load_dataset("parquet", data_files={args.split: source}, split=args.split,
                                           cache_dir=args.cache_dir)
         elif args.train_data_dir and not path.is_dir():
@@ -55,6 +59,25 @@ def load_table(args: TrainArguments) -> datasets.Dataset:
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
     return table
+
+
+def check_only_split(args: TrainArguments) -> None:
+    if args.split != "train":
+        raise UserError(f"{args.data_source} holds one table without splits: drop --split {args.split}")
+
+
+def load_rows(args: TrainArguments, cache: CachedDataset | None) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The table that pairs are chosen from, and the one with the images; of a cache the former, and the latter where it
+    is at hand or is looked at. Raises UserError, also where local data is not what the cache was made of."""
+    if cache is None:
+        table = load_table(args)
+        return table, table
+    compared = is_local(args) and args.split == cache.settings.get("split")
+    images = load_table(args) if args.choice_model or compared else None
+    if images is not None and content_digest(images, args) != cache.settings.get("content"):
+        raise UserError(f"{args.data_source} (split {args.split}) is not the data that --cached_dataset {cache.folder} was made "
+                        "of, or not in its order: name no data and take the cache's rows, or cache again into an empty folder")
+    return cache.rows(), images
 
 
 def column_values(table: datasets.Dataset, name: str) -> np.ndarray:
@@ -118,7 +141,7 @@ def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
     {0, 0.5, 1}, or when nothing is left.
     """
     names, notes = table.column_names, []
-    source = args.data_source
+    source = args.data_source or f"the cache {args.cached_dataset}"
     single = None
     if args.train_method == "sft" and "jpg_0" not in names and args.image_column in names:
         single, needed = args.image_column, [args.caption_column]
@@ -134,9 +157,6 @@ def choose_pairs(table: datasets.Dataset, args: TrainArguments, seed: int,
     first_wins = np.ones(len(table), dtype=bool)
     if single is None:
         labels = column_values(table, "label_0") if labels is None else labels
-        if len(labels) != len(table):
-            raise UserError(f"{source} has {len(labels)} rows, the cache was made of {len(table)}: cache again, into an "
-                            "empty folder")
         if any(isinstance(label, (list, dict, np.ndarray)) for label in labels):
             raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, not a list")
         unlabelled = np.array([label is None or label != label for label in labels], dtype=bool)

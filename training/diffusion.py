@@ -35,9 +35,12 @@ def winners_first(per_pair: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_moments(vae, pixel_values: Tensor) -> Tensor:
-    """The VAE's mean and log-variance as one (N, 2C, h, w) in its dtype, of images (N, 3, H, W) in [-1, 1]."""
+    """The VAE's mean and log-variance as one (N, 2C, h, w) in its dtype, of images (N, 3, H, W) in [-1, 1].
+
+    Contiguous, as a cache gives them: from channels-last latents the UNets would pick kernels that round otherwise.
+    """
     parts = pixel_values.to(vae.dtype).split(VAE_BATCH)
-    return torch.cat([vae.encode(part).latent_dist.parameters for part in parts])
+    return torch.cat([vae.encode(part).latent_dist.parameters for part in parts]).contiguous()
 
 
 def encode_images(vae, pixel_values: Tensor, vae_noise: Tensor) -> Tensor:

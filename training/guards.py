@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from training.arguments import TrainArguments, warn
-from training.checkpoints import raise_together, write_whole
+from training.checkpoints import continuing, raise_together, write_whole
 from training.data import PairDataset
 from training.errors import UserError
 from training.signals import StopSignal
@@ -262,5 +262,5 @@ class Guards:
                 f"{self.args.max_bad_fraction:g}: {self.bad_data.path} names row, column and reason, {checkpoint} is "
                 "saved. python -m training.check_data looks through all the data; raise the bound to train on regardless")
         if self.accelerator.is_main_process:
-            print(f"Stopped by {self.signal.name or 'a signal'}: {checkpoint} is saved, the same command continues from "
-                  "it", flush=True)
+            print(f"Stopped by {self.signal.name or 'a signal'}: {checkpoint} is saved, "
+                  f"{continuing(self.args.resume_from_checkpoint)}", flush=True)

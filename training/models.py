@@ -3,6 +3,7 @@
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -40,11 +41,12 @@ class Models:
 
 
 def is_turbo(args: TrainArguments) -> bool:
-    return "turbo" in args.pretrained_model_name_or_path.lower()
+    """By the model's own name, as published; not by the folders that it lies in."""
+    return "turbo" in Path(args.pretrained_model_name_or_path).name.lower()
 
 
 def is_refiner(args: TrainArguments) -> bool:
-    return args.sdxl and "refiner" in args.pretrained_model_name_or_path.lower()
+    return args.sdxl and "refiner" in Path(args.pretrained_model_name_or_path).name.lower()
 
 
 def load_tokenizers_and_scheduler(args: TrainArguments) -> Models:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from losses.spo import clipped_ratio, ddim_gaussian, gaussian_log_prob, spo_loss
 from spm.model import StepAwarePreferenceModel, load_spm, load_spm_tokenizer
 from training.arguments import TrainArguments, warn
-from training.checkpoints import (find_checkpoint, load_checkpoint, read_progress, register_hooks, save_checkpoint,
+from training.checkpoints import (continuing, find_checkpoint, load_checkpoint, read_progress, register_hooks, save_checkpoint,
                                   save_result, write_run_file)
 from training.data import tokenize
 from training.draws import epoch_order, seeded_generator
@@ -180,8 +180,8 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
             if stopped:
                 accelerator.end_training()
                 if main_process:
-                    print(f"Stopped by {stop.name or 'a signal'}: {checkpoint} is saved, the same command continues from "
-                          "it", flush=True)
+                    print(f"Stopped by {stop.name or 'a signal'}: {checkpoint} is saved, "
+                          f"{continuing(args.resume_from_checkpoint)}", flush=True)
                 return
         if args.validation_prompts and (finished() or progress.step // args.validation_steps
                                         > validated // args.validation_steps):

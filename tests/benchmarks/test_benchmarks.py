@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import train_step
+from benchmarks import communication, generation, memory, safeguard, train_step
 from benchmarks.communication import Arguments as CommunicationArguments
 from benchmarks.communication import model_times
-from benchmarks.memory import LiveBytes, Setting, count_step, recomputed_share
+from benchmarks.memory import LiveBytes, Setting, as_on_a_gpu, count_step, recomputed_share
 from benchmarks.models import TEXT_ENCODERS, VAES, make_unet
 from benchmarks.train_step import unet_forward_flops
 from training.errors import UserError
+from training.recompute import recompute_cheap
 
 
 @pytest.mark.parametrize("name, parameters", [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
@@ -87,3 +88,46 @@ def test_more_gpus_are_faster_and_never_more_than_linear():
     rates = [float(line.split("|")[4]) for line in lines]
     efficiencies = [float(line.split("|")[5].strip(" %")) for line in lines]
     assert rates == sorted(rates) and max(efficiencies) <= 100.0 and efficiencies == sorted(efficiencies, reverse=True)
+
+
+@pytest.mark.parametrize("program, words, said", [
+    (train_step, ["--steps", "0"], "--steps must be at least 1, not 0"),
+    (train_step, ["--json", "nowhere/figures.json"], "there is no folder nowhere"),
+    (train_step, ["--train_flags=--channels_last"], r"cannot change what is compared \(channels_last\)"),
+    (train_step, ["--train_flags=--train_method=dmpo"], r"cannot change what is compared \(dmpo\)"),
+    (communication, ["--model", "nope"], "--model must be one of"),
+    (communication, ["--effective_batch", "100"], "no multiple of the 8 pairs"),
+    (safeguard, ["--models", "foo"], "--models are"), (safeguard, ["--repeats", "0"], "--repeats must be at least 1"),
+    (generation, ["--images", "0"], "--images must be at least 1"), (memory, ["--batches", "0"], "--batches must be at least 1")])
+def test_wrong_options_are_told_before_anything_is_measured(monkeypatch, program, words, said):
+    monkeypatch.setattr("sys.argv", ["benchmark", *words])
+    with pytest.raises(UserError, match=said):
+        program.main()
+
+
+def test_a_batch_that_so_many_gpus_cannot_share_has_no_row():
+    lines = model_times(CommunicationArguments(micro_step_ms=800, effective_batch=1024), 860_000_000)[2:]
+    assert [int(line.split("|")[1]) for line in lines] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert all(float(line.split("|")[8].strip(" %")) <= 100.0 for line in lines)
+
+
+def test_the_count_of_memory_is_torch_s_own():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+    setting = Setting("tiny", "adamw", selective=True)
+    counted = count_step(setting, 2)
+    with FakeTensorMode():
+        policy = make_unet("tiny").train()
+        recompute_cheap(policy)
+        for parameter in policy.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        inputs = torch.empty(4, 4, 16, 16), torch.empty(4, dtype=torch.long), torch.empty(4, 77, 32)
+        tracker = MemTracker()
+        tracker.track_external(policy, *inputs)
+        with tracker, as_on_a_gpu():
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                prediction = policy(*inputs, return_dict=False)[0]
+            prediction.float().square().mean().backward()
+        [peak] = tracker.get_tracker_snapshot("peak").values()
+    ours = counted["total"] - counted["reference"] - counted["moments"]
+    assert ours * 2**30 == pytest.approx(peak["Total"], rel=0.01)

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from training.checkpoints import (PROGRESS, choose_checkpoint, claim_output_dir, fault, list_checkpoints, put_in_place,
-                                  remove_leftovers, remove_older, set_aside_checkpoints, settings_of_run, write_fault,
-                                  write_manifest)
+from training.checkpoints import (PROGRESS, choose_checkpoint, claim_output_dir, continuing, fault, find_checkpoint,
+                                  list_checkpoints, put_in_place, remove_leftovers, remove_older, settings_of_run,
+                                  write_fault, write_manifest, write_run_file)
 from training.errors import UserError
 
 
@@ -53,15 +54,34 @@ def test_hours_of_work_are_not_started_anew_in_silence(tmp_path):
     assert choose_checkpoint("latest", tmp_path / "new") is None
 
 
-def test_a_run_begun_anew_does_not_take_the_earlier_ones_checkpoints_for_its_own(tmp_path, capsys):
+def in_folder(tmp_path, wanted, steps=0):
+    return SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=wanted, max_train_steps=steps)
+
+
+def test_a_run_begun_anew_loses_nothing_of_the_earlier_one_and_takes_nothing_for_its_own(tmp_path, capsys):
     for step in (5, 10):
         make(tmp_path, step)
-    set_aside_checkpoints(tmp_path)
-    assert names(tmp_path) == ["replaced-1"] and names(tmp_path / "replaced-1") == ["checkpoint-10", "checkpoint-5"]
-    make(tmp_path, 2)
-    set_aside_checkpoints(tmp_path)
-    assert choose_checkpoint("latest", tmp_path) is None and names(tmp_path / "replaced-2") == ["checkpoint-2"]
-    assert "earlier checkpoint(s) are now in" in capsys.readouterr().out
+    for name in ("run.json", "metrics.jsonl", "unet.pth", "mine.txt"):
+        (tmp_path / name).write_text(name)
+    write_run_file(in_folder(tmp_path, "none"), Accelerator(cpu=True))
+    assert names(tmp_path) == [".lock", "mine.txt", "replaced-1", "run.json"]
+    assert names(tmp_path / "replaced-1") == ["checkpoint-10", "checkpoint-5", "metrics.jsonl", "run.json", "unet.pth"]
+    assert (tmp_path / "replaced-1" / "run.json").read_text() == "run.json" != (tmp_path / "run.json").read_text()
+    assert choose_checkpoint("latest", tmp_path) is None
+    assert "Starting anew: 2 checkpoint(s)" in capsys.readouterr().out
+    write_run_file(in_folder(tmp_path, "none"), Accelerator(cpu=True))
+    assert names(tmp_path / "replaced-2") == ["run.json"]
+
+
+def test_a_run_that_goes_back_leaves_the_later_checkpoints_aside(tmp_path, capsys):
+    for step in (5, 10, 20):
+        make(tmp_path, step)
+    assert find_checkpoint(in_folder(tmp_path, "latest"), Accelerator(cpu=True)).name == "checkpoint-20"
+    assert find_checkpoint(in_folder(tmp_path, "checkpoint-5"), Accelerator(cpu=True)).name == "checkpoint-5"
+    assert names(tmp_path) == ["checkpoint-5", "replaced-1"]
+    assert names(tmp_path / "replaced-1") == ["checkpoint-10", "checkpoint-20"]
+    assert "Going on from checkpoint-5: 2 checkpoint(s)" in capsys.readouterr().out
+    assert continuing("latest") == "the same command continues from it" != continuing("checkpoint-5")
 
 
 def test_pruning_spares_the_newest_and_what_is_ahead(tmp_path):
