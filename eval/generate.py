@@ -257,8 +257,10 @@ def find_missing(group: Group) -> set[str]:
         path = group.folder / job.filename
         if not path.exists():
             missing.add(job.filename)
-        elif read_prompt(path) != job.prompt:
-            raise UserError(f"{path} was made for the prompt {read_prompt(path)!r}, the group now asks for "
+        elif (prompt := read_prompt(path)) is None:
+            raise UserError(f"{path} is damaged, or no image of this program: delete it, and the same command makes it again")
+        elif prompt != job.prompt:
+            raise UserError(f"{path} was made for the prompt {prompt!r}, the group now asks for "
                             f"{job.prompt!r}: choose another --output_dir, or --overwrite")
     return missing
 

@@ -263,7 +263,7 @@ def report_faults(images: list[ScoredImage], refuse: bool) -> None:
         print(f"  and {len(faulty) - LISTED_FAULTS} more", file=sys.stderr)
     told = f"{len(faulty)} of {len(images)} images are missing or unreadable"
     if refuse:
-        raise UserError(f"{told} (listed above): generate them again, or leave them out with --skip_missing")
+        raise UserError(f"{told} (listed above): delete what is there of them and generate again, or leave them out with --skip_missing")
     print(f"{told}: left out", file=sys.stderr)
 
 

@@ -31,7 +31,7 @@ def read_group(name_or_path: str | os.PathLike) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
     if path.suffix == ".txt":
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+        prompts = [line.strip() for line in text.split("\n") if line.strip()]
         if not prompts:
             raise UserError(f"{path} lists no prompt")
         return prompts

@@ -247,6 +247,10 @@ def check_arguments(args: TrainArguments, given: set[str] = frozenset()) -> None
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} must lie in [0, 1), not {getattr(args, name)}")
+    if args.process_timeout > 1e9:
+        raise UserError(f"--process_timeout must be at most 1e9 seconds, not {args.process_timeout:g}")
+    if not args.output_dir.strip():
+        raise UserError("--output_dir names no folder")
     if args.use_8bit_adam and (args.use_adafactor or args.optimizer not in ("auto", "adamw8bit")):
         other = "use_adafactor" if args.use_adafactor else f"optimizer {args.optimizer}"
         raise UserError(f"--use_8bit_adam and --{other} contradict each other: drop one")
@@ -321,6 +325,12 @@ def _warn_of_ignored(args: TrainArguments, given: set[str]) -> None:
     if args.use_adafactor:
         ignored("max_grad_norm", "--use_adafactor turns clipping off, as published")
     ignored("hard_skip_resume", "resuming never replays the data")
+    if not args.choice_model:
+        ignored("metrics_config", "only --choice_model judges images")
+    if not args.push_to_hub:
+        ignored("hub_model_id", "nothing is uploaded without --push_to_hub")
+    if not args.validation_prompts:
+        ignored("validation_steps", "there are no --validation_prompts")
     if args.lr_scheduler == "constant":
         ignored("lr_warmup_steps", "the constant schedule has no warm-up (constant_with_warmup has)")
     if args.lr_warmup_steps >= args.max_train_steps > 0:
