@@ -156,6 +156,24 @@ def test_changed_settings_are_never_mixed(tiny_sd15, sd15_run, prompt_file):
         generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
 
 
+def test_a_mistake_that_made_no_image_does_not_bind_the_folder(tiny_sd15, sd15_run, prompt_file):
+    with pytest.raises(UserError, match="no weights at"):
+        generate.main(arguments(sd15_run.with_suffix(".pt"), tiny_sd15, prompt_file, "--output_dir", sd15_run.parent))
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 1))
+    assert len(list((sd15_run.parent / STEM).glob("*.png"))) == 1
+
+
+def test_a_damaged_image_names_its_remedy(tiny_sd15, sd15_run, prompt_file):
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 1))
+    [image] = (sd15_run.parent / STEM).glob("*.png")
+    image.write_bytes(b"")
+    with pytest.raises(UserError, match="is damaged, or no image of this program: delete it"):
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 1))
+    image.unlink()
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 1))
+    assert image.stat().st_size > 0
+
+
 def test_a_second_program_leaves_the_images_of_the_first_alone(tiny_sd15, sd15_run, prompt_file):
     generate.main(arguments(sd15_run, tiny_sd15, prompt_file))
     folder = sd15_run.parent / STEM

@@ -46,6 +46,8 @@ def test_published_flags_keep_their_names_and_defaults():
     (["--noise_offset", "nan"], ["noise_offset"]),
     (["--use_adafactor", "--optimizer", "adamw"], ["--use_adafactor", "adamw"]),
     (["--beta_dp=100"], ["--beta_dp", "--beta_dpo"]),
+    (["--process_timeout", "1e15"], ["--process_timeout"]),
+    (["--output_dir", ""], ["--output_dir"]),
 ])
 def test_a_bad_value_is_one_line_that_names_the_flag(flags, words):
     with pytest.raises(UserError) as error:
@@ -67,6 +69,9 @@ def test_no_data_is_an_error_that_names_both_ways():
     (["--hard_skip_resume"], "never replays"),
     (["--num_train_epochs", "3"], "--max_train_steps counts"),
     (["--optimizer", "sgd", "--adam_beta1", "0.5"], "not AdamW"),
+    (["--lr_scheduler", "constant", "--lr_warmup_steps", "3"], "constant schedule has no warm-up"),
+    (["--metrics_config", "none.yaml"], "only --choice_model"),
+    (["--validation_steps", "5"], "no --validation_prompts"),
 ])
 def test_a_flag_that_is_ignored_is_worth_a_warning(flags, word, capsys):
     parse_arguments(BASE + flags)
@@ -100,6 +105,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     ("- a\n", ["flag: value"]),
     ("beta_dpo: [1, [2]]\n", ["beta_dpo"]),
     ("beta_dpo: {a: 1}\n", ["beta_dpo"]),
+    ("learning_rate: [1e-5, 2e-5]\n", ["'learning_rate' takes one value"]),
     ("a: : b\n", ["cannot read"]),
     ("beta_dpo: strong\n", ["--beta_dpo", "strong", "c.yaml"]),
     ("!!python/object/apply:os.system ['false']\n", ["cannot read"]),
@@ -110,6 +116,12 @@ def test_a_faulty_file_is_one_line(text, words, tmp_path):
     with pytest.raises(UserError) as error:
         parse_arguments(["--config", str(config), *BASE])
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_an_unquoted_no_is_a_precision(tmp_path):
+    (tmp_path / "c.yaml").write_text("mixed_precision: no\nscale_lr: no\n")
+    args = parse_arguments(["--config", str(tmp_path / "c.yaml"), *BASE])
+    assert args.mixed_precision == "no" and args.scale_lr is False
 
 
 def test_every_preset_is_the_published_setting(capsys):

@@ -117,6 +117,14 @@ def test_the_same_table_from_parquet_folder_and_saved_dataset(tmp_path):
         assert len(choose_pairs(load_table(args), args, 0)) == 2
 
 
+def test_a_split_of_a_table_that_has_none_is_refused(tmp_path):
+    path = table([1.0, 0.0], tmp_path)
+    datasets.Dataset.from_parquet(str(path)).save_to_disk(tmp_path / "saved")
+    for source in (path, tmp_path / "saved"):
+        with pytest.raises(UserError, match="one table without splits: drop --split test"):
+            load_table(arguments(source, "--split", "test"))
+
+
 def test_prompts_are_dropped_once_a_pair_at_the_asked_rate(tmp_path):
     args = arguments(table([1.0], tmp_path), "--proportion_empty_prompts", "0.3")
     dataset = PairDataset(choose_pairs(load_table(args), args, 0), [OneToken()], args, 0, (4, 8, 8))

@@ -95,6 +95,8 @@ def test_turbo_and_refiner_take_their_own_timesteps_and_size_ids(tiny_sdxl):
     _, args = models_of(tiny_sdxl, "--sdxl")
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     assert set(choose_timesteps(uniform, args, 1000).tolist()) == set(range(1000))
+    args.pretrained_model_name_or_path = "/models/turbofan/refiner/sdxl"
+    assert set(choose_timesteps(uniform, args, 1000).tolist()) == set(range(1000))
     args.pretrained_model_name_or_path = "stabilityai/sdxl-turbo"
     assert set(choose_timesteps(uniform, args, 1000).tolist()) == {249, 499, 749, 999}
     args.pretrained_model_name_or_path = "stabilityai/stable-diffusion-xl-refiner-1.0"

@@ -130,6 +130,14 @@ def test_many_in_a_row_stop_with_a_checkpoint_from_before(train_tiny, tmp_path):
     assert all(torch.equal(mended[key], whole[key]) for key in whole)
 
 
+def test_a_run_that_is_never_finite_leaves_the_model_it_began_with(train_tiny, tmp_path):
+    output = train_tiny(tmp_path / "run", "--max_train_steps=4", "--max_nonfinite_steps=1", "--checkpointing_steps=0", expect=1,
+                        prelude=broken(1, 10**9))
+    assert "checkpoint-0 holds the model from before" in output
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0"]
+    assert "after step 0" in train_tiny(tmp_path / "run", "--max_train_steps=4", "--checkpointing_steps=0")
+
+
 class Scaler:
     """GradScaler's part in the guard: its scale."""
 
