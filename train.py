@@ -29,7 +29,7 @@ from training.guards import Guards
 from training.hub import push
 from training.launch import (COMPUTE_DTYPES, gradient_norm, identify_run, start_accelerator, take_step,
                              tracker_config)
-from training.logs import MetricsFile, StepScalars, Throughput, peak_memory_gb
+from training.logs import MetricsFile, StepScalars, Throughput, bar_interval, peak_memory_gb
 from training.models import (is_refiner, is_turbo, load_frozen_encoders, load_policy_and_reference,
                              load_tokenizers_and_scheduler)
 from training.optimizers import effective_learning_rate, make_optimizer, make_schedule, optimizer_name
@@ -53,7 +53,8 @@ def summary(args: TrainArguments, accelerator: Accelerator, pairs, lr: float, ma
         "policy": f"LoRA rank {args.lora_rank}" if args.lora_rank else "whole UNet, float32 weights",
         "reference": reference,
         "precision": f"{args.mixed_precision}, errors in float32",
-        "pairs": "; ".join([f"{len(pairs)} of {args.data_source or args.cached_dataset}", *pairs.notes]),
+        "pairs": "; ".join([f"{len(pairs)} of {args.data_source or args.cached_dataset}", *pairs.notes]
+                           + [f"encoded in {args.cached_dataset}"] * bool(args.cached_dataset)),
         "batch": f"{per_step} pairs a step = {accelerator.num_processes} device(s) x {args.train_batch_size} x "
                  f"{args.gradient_accumulation_steps} accumulated",
         "steps": f"{max_steps}, {max_steps * per_step / len(pairs):.2f} passes over the pairs",
@@ -122,7 +123,7 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
     loss_config, metrics = args.loss_config(), MetricsFile(args.output_dir, first_step)
     scalars, throughput, saved_step = StepScalars(), Throughput(pairs_per_step), first_step if checkpoint else -1
     bar = tqdm(range(first_step, max_steps), initial=first_step, total=max_steps, desc=args.train_method, unit="step",
-               disable=not accelerator.is_local_main_process, dynamic_ncols=True)
+               disable=not accelerator.is_local_main_process, dynamic_ncols=True, mininterval=bar_interval())
     for step in bar:
         for _ in range(args.gradient_accumulation_steps):
             batch = guards.receive(next(micro_batches))
@@ -151,7 +152,7 @@ def train(args: TrainArguments, accelerator: Accelerator, stop: StopSignal) -> N
         accelerator.log(logs, step=done)
         if main_process:
             metrics.append(done, logs)
-        bar.set_postfix(shown_in_bar(logs))
+        bar.set_postfix(shown_in_bar(logs), refresh=False)
 
         if args.checkpointing_steps and done % args.checkpointing_steps == 0 and done < max_steps:
             save_checkpoint(accelerator, policy, lr_scheduler, done, args, record=guards.record())

@@ -277,7 +277,7 @@ def report(results: list[Result], options: Arguments, args: TrainArguments, devi
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()}), CPU time, " \
         f"{torch.get_num_threads()} thread(s)"
     lines = [f"{options.model}, {args.resolution} px, {args.train_batch_size} pairs x {options.accumulation} accumulated, "
-             f"{args.mixed_precision}; {name}, matrix products at {peak / 1e12:.3g} TFLOP/s; torch {torch.__version__}, "
+             f"mixed precision {args.mixed_precision}; {name}, matrix products at {peak / 1e12:.3g} TFLOP/s; torch {torch.__version__}, "
              f"diffusers {diffusers.__version__}, accelerate {accelerate.__version__}", "",
              "| ms a micro-step | " + " | ".join(result.variant for result in results) + " |",
              "|---|" + "---:|" * len(results)]

@@ -172,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     for metric, (pair_file, _) in compared.items():
         write_json(folder / f"pair_{metric}.json", pair_file)
     summary = summarise([row for _, row in compared.values()], args, pairing)
+    summary["not_scored"] = failures
     write_json(folder / "summary.json", summary)
     print("\n" + "\n".join(summary_lines(summary)) + "\n")
     print(f"wrote {folder}/summary.json")

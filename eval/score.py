@@ -267,10 +267,17 @@ def report_faults(images: list[ScoredImage], refuse: bool) -> None:
     print(f"{told}: left out", file=sys.stderr)
 
 
+def told_apart(manifests: list[ScoredManifest]) -> list[str]:
+    """The prompt groups' names; where several manifests are of one group, with the manifests' folders."""
+    groups = [manifest.group for manifest in manifests]
+    return [f"{manifest.group} ({manifest.path.parent})" if groups.count(manifest.group) > 1 else manifest.group
+            for manifest in manifests]
+
+
 def results_text(manifests: list[ScoredManifest], metrics: list[str]) -> str:
     """The published log: a FinalResults line for each metric and group, then the table of the same."""
-    rows = [(manifest.group, metric_class(name).label, f"{manifest.mean(name):.4f}")
-            for manifest in manifests for name in metrics if manifest.mean(name) is not None]
+    rows = [(group, metric_class(name).label, f"{manifest.mean(name):.4f}")
+            for manifest, group in zip(manifests, told_apart(manifests)) for name in metrics if manifest.mean(name) is not None]
     lines = [f"FinalResults {label} for {group} : {score}" for group, label, score in rows]
     return "\n".join([*lines, "", *table([("Prompt", "Predictor", "Score"), *rows])]) + "\n"
 
@@ -278,10 +285,10 @@ def results_text(manifests: list[ScoredManifest], metrics: list[str]) -> str:
 def summary_table(manifests: list[ScoredManifest], metrics: list[str]) -> str:
     """One row a prompt group, one column a metric."""
     rows = [("Prompt group", "Images", *(metric_class(name).label for name in metrics))]
-    for manifest in manifests:
+    for manifest, group in zip(manifests, told_apart(manifests)):
         means = [manifest.mean(name) for name in metrics]
         read = sum(image.sha256 is not None for image in manifest.images)
-        rows.append((manifest.group, str(read), *("failed" if mean is None else f"{mean:.4f}" for mean in means)))
+        rows.append((group, str(read), *("failed" if mean is None else f"{mean:.4f}" for mean in means)))
     return "\n".join(table(rows)) + "\n"
 
 

@@ -53,6 +53,8 @@ run bash scripts/eval/test_vs.sh --json_a "$output"/eval/safeguarded/shapes_*cfg
   --label_a safeguarded --label_b base --outdir "$output/compare" --metrics_config "$output/metrics/metrics.yaml" \
   --metrics oracle pickscore hpsv2 aesthetics clip imagereward
 
+echo "(PickScore, HPSv2, AesScore, CLIPScore and ImageReward are small untrained models here: of these rows only the oracle's says anything)"
+
 say "Done in $(( SECONDS - started )) s"
 cat <<END
 trained UNet    $output/safeguarded/unet.pth  (and a diffusers pipeline in that folder)

@@ -39,7 +39,7 @@ from training.errors import UserError, run_program
 from training.guidance import condition_on_prompts, decode_latents, guided_prediction
 from training.guards import allowed_bad_pairs, is_finite
 from training.launch import COMPUTE_DTYPES, identify_run, start_accelerator, take_step, tracker_config
-from training.logs import StepScalars, peak_memory_gb
+from training.logs import StepScalars, bar_interval, peak_memory_gb
 from training.models import (Models, cast_compute_weights, check_conditioning, load_frozen_encoders,
                              load_tokenizers_and_scheduler)
 from training.signals import StopSignal, outlive_signals
@@ -294,7 +294,7 @@ def train(args: SPMArguments, stop: StopSignal) -> None:
                                     pin_memory=device.type == "cuda", worker_init_fn=outlive_signals))
     scalars, saved_step, skipped = StepScalars(), first_step, 0
     bar = tqdm(range(first_step, args.max_train_steps), initial=first_step, total=args.max_train_steps, desc="spm",
-               unit="step", disable=not accelerator.is_local_main_process, dynamic_ncols=True)
+               unit="step", disable=not accelerator.is_local_main_process, dynamic_ncols=True, mininterval=bar_interval())
     for step in bar:
         replaced = torch.zeros((), device=device)
         for _ in range(accumulation):
@@ -323,7 +323,7 @@ def train(args: SPMArguments, stop: StopSignal) -> None:
         logs["bad_pairs"] = bad_pairs
         stopped_by_signal = logs.pop("stop_share") > 0
         accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0], "peak_memory_gb": peak_memory_gb(device)}, step=done)
-        bar.set_postfix(loss=f"{logs['train_loss']:.4g}", acc=f"{logs['accuracy']:.3g}")
+        bar.set_postfix(loss=f"{logs['train_loss']:.4g}", acc=f"{logs['accuracy']:.3g}", refresh=False)
         too_many_bad = bad_pairs > allowed_bad_pairs(done * per_step, args.max_bad_fraction)
         never_finite = skipped >= MAX_NONFINITE_STEPS
         if never_finite or (too_many_bad or stopped_by_signal) and done < args.max_train_steps:

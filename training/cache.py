@@ -218,8 +218,8 @@ def encode_table(table: datasets.Dataset, columns: list[str], models: Models, ar
                         "files": {path.relative_to(folder).as_posix(): digest(path) for path in files}, "faults": faults,
                         "pairs_per_shard": options.pairs_per_shard, "prompts_per_shard": PROMPTS_PER_SHARD}
             write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
-            size = sum(manifest["shards"].values()) / 2**30
-            print(f"Done: {folder}, {size:.2f} GiB, {len(faults)} rows with images that cannot be used", flush=True)
+            size = sum(manifest["shards"].values()) / 2**20
+            print(f"Done: {folder}, {size:.1f} MiB, {len(faults)} rows with images that cannot be used", flush=True)
             release(folder)
 
 

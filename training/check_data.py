@@ -148,7 +148,7 @@ def main() -> int:
         write_whole(Path(options.report), "".join(lines))
     if share > options.max_bad_fraction:
         raise UserError(f"{share:.2%} of the pairs cannot be used, more than --max_bad_fraction "
-                        f"{options.max_bad_fraction:g}: training on them would stop")
+                        f"{options.max_bad_fraction:g}: training on them would stop; raise the bound there, too, to train on the others")
     return 0
 
 

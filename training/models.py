@@ -93,6 +93,10 @@ def load_policy_and_reference(models: Models, args: TrainArguments, dtype: torch
     policy = load_unet(args.pretrained_model_name_or_path, args.unet_init, revision=args.revision,
                        cache_dir=args.cache_dir)
     check_conditioning(policy, args)
+    native, side = policy.config.sample_size, models.latent_shape[-1] if models.latent_shape else None
+    if isinstance(native, int) and side not in (native, None):
+        warn(f"--resolution {args.resolution} makes latents of {side} a side, and the base's UNet was made for {native}: it "
+             f"draws at {args.resolution * native // side} pixels")
     set_up_policy_and_reference(models, policy, args, dtype, device)
 
 

@@ -32,7 +32,7 @@ from training.guidance import PromptConditioning, condition_on_prompts, decode_l
 from training.guards import is_finite
 from training.hub import push
 from training.launch import COMPUTE_DTYPES, gradient_norm, identify_run, take_step, tracker_config
-from training.logs import MetricsFile, StepScalars, peak_memory_gb
+from training.logs import MetricsFile, StepScalars, bar_interval, peak_memory_gb
 from training.models import (Models, adapters_off, cast_compute_weights, load_frozen_encoders,
                              load_policy_and_reference, load_tokenizers_and_scheduler, on_device)
 from training.optimizers import effective_learning_rate, make_optimizer, make_schedule, optimizer_name
@@ -124,7 +124,7 @@ def train(args: TrainArguments, spo: SPOArguments, accelerator: Accelerator, sto
     group_size = args.train_batch_size * args.gradient_accumulation_steps
     skipped_in_a_row = 0
     bar = tqdm(initial=progress.step, total=args.max_train_steps or None, unit="step", dynamic_ncols=True,
-               disable=not accelerator.is_local_main_process)
+               disable=not accelerator.is_local_main_process, mininterval=bar_interval())
     while not finished():
         bar.set_description(f"spo epoch {progress.epoch + 1} prompt {progress.prompts + 1}/{len(prompts)}")
         order = epoch_order(len(prompts), args.seed, progress.epoch, shuffle=True)

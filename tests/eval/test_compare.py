@@ -163,3 +163,10 @@ def test_no_common_prompt(make_manifest, metrics_config, tmp_path):
         run(a, b, metrics_config, tmp_path / "vs")
     _, _, summary = run(a, b, metrics_config, tmp_path / "vs", "--metrics", "clip", "--pair_by", "index")
     assert summary["metrics"][0]["total_pairs"] == 2
+
+
+def test_a_metric_that_was_not_scored_is_named_on_the_page(manifests, metrics_config, tmp_path, capsys):
+    code, folder, summary = run(*manifests, metrics_config, tmp_path / "out", "--metrics", "oracle", "clip")
+    assert code == 1 and "error: oracle was not scored" in capsys.readouterr().err
+    assert list(summary["not_scored"]) == ["oracle"] and [row["metric"] for row in summary["metrics"]] == ["clip"]
+    assert "oracle was not scored: " in (folder / "report.html").read_text()

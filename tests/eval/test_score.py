@@ -217,3 +217,11 @@ def test_relative_paths_are_taken_from_the_manifest_then_from_the_working_direct
     alone.rename(tmp_path / "deep" / "alone.json")
     monkeypatch.chdir(tmp_path)
     assert run(["deep/alone.json"], metrics_config, "--metrics", "aesthetics") == 0  # the official form
+
+
+def test_two_runs_of_one_group_are_told_apart(make_manifest, metrics_config, capsys):
+    a, b = make_manifest("a", PROMPTS), make_manifest("b", PROMPTS, seed=1)
+    assert run([a, b], metrics_config, "--metrics", "clip") == 0
+    told = capsys.readouterr().out
+    for manifest in (a, b):
+        assert f"FinalResults CLIPScore for own ({manifest.parent}) : " in told
