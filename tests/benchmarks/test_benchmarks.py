@@ -1,6 +1,10 @@
 """The benchmarks run at tiny size, and print what their docs promise."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,8 @@ from benchmarks.models import TEXT_ENCODERS, VAES, make_unet
 from benchmarks.train_step import unet_forward_flops
 from training.errors import UserError
 from training.recompute import recompute_cheap
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name, parameters", [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
@@ -32,13 +38,16 @@ def test_encoders_have_the_published_sizes():
 
 
 @pytest.mark.slow
-def test_train_step_prints_its_table_and_the_ratio(program, tmp_path):
-    told = program("benchmarks.train_step", ["--model", "tiny", "--batch", 2, "--accumulation", 2, "--steps", 1,
-                                             "--json", tmp_path / "figures.json"])
+def test_the_one_command_prints_the_step_s_table_and_the_ratio(tmp_path):
+    run = subprocess.run(["bash", "scripts/benchmark.sh", "tiny"], cwd=ROOT, env=os.environ | {
+        "OUTPUT": str(tmp_path), "PYTHON": sys.executable}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    told = (tmp_path / "tables.md").read_text()
+    assert "python -m benchmarks.safeguard --models tiny --micro_step_ms" in told and "| batches of 2 |" in told
     for row in ("| data |", "| vae |", "| text |", "| reference |", "| policy |", "| backward |", "| optimizer |", "| logging |",
                 "| pairs/s |", "| UNets' share of the matrix rate |", "| pairs/s against baseline | 1.00x |"):
         assert row in told
-    figures = {result["variant"]: result for result in json.loads((tmp_path / "figures.json").read_text())}
+    figures = {result["variant"]: result for result in json.loads((tmp_path / "tiny.json").read_text())}
     assert set(figures) == {"baseline", "uncached", "cached", "compact"}
     for part in ("vae", "text"):
         assert figures["cached"]["milliseconds"].get(part, 0) == 0 < figures["baseline"]["milliseconds"][part]
