@@ -156,6 +156,9 @@ def claim_folder(folder: Path, settings: dict) -> None:
     other programs. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        others = sorted({path.name for path in folder.iterdir()} - {LOCK_FILE, f".{SETTINGS}.partial"})
+        if others and not (folder / SETTINGS).is_file():
+            raise UserError(f"{folder} holds files that are no cache ({', '.join(others[:3])}): choose an empty folder")
         hold(folder, "--cached_dataset")
         if (folder / SETTINGS).is_file():
             begun = read_settings(folder, "")
@@ -164,9 +167,6 @@ def claim_folder(folder: Path, settings: dict) -> None:
             if differences:
                 raise UserError(f"{folder} holds another cache ({'; '.join(differences)}): choose another folder")
             return
-        others = sorted({path.name for path in folder.iterdir()} - {LOCK_FILE, f".{SETTINGS}.partial"})
-        if others:
-            raise UserError(f"{folder} holds files that are no cache ({', '.join(others[:3])}): choose an empty folder")
         write_whole(folder / SETTINGS, json.dumps(settings, indent=1))
     except OSError as error:
         raise UserError(f"cannot write to --cached_dataset {folder}: {error.strerror}") from None
