@@ -37,7 +37,8 @@ def make_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> Diffu
         encoders = [kind(CLIPTextConfig(**config, bos_token_id=49406, eos_token_id=49407)).to(dtype).eval()
                     for kind, config in TEXT_ENCODERS[model]]
         parts = {"vae": AutoencoderKL.from_config(VAES[model]).eval(), "unet": make_unet(model).to(dtype).eval(),
-                 "scheduler": EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+                 "scheduler": EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                                   steps_offset=1),
                  "text_encoder": encoders[0], "tokenizer": clip_tokenizer()}
     if model == "sdxl":
         pipeline = StableDiffusionXLPipeline(text_encoder_2=encoders[1], tokenizer_2=clip_tokenizer(),

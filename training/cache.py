@@ -202,6 +202,7 @@ def encode_table(table: datasets.Dataset, columns: list[str], models: Models, ar
     with writing(accelerator, what, folder, "--cached_dataset"):
         if accelerator.is_main_process:
             print(f"Caching {len(table)} rows and {len(prompts)} prompts into {folder}", flush=True)
+            (folder / MANIFEST).unlink(missing_ok=True)  # a finished cache is unfinished while its rows are written anew
             write_whole(folder / PROMPTS, json.dumps(prompts, ensure_ascii=False))
             save_rows(table, columns, folder / ROWS)
     with writing(accelerator, what, folder, "--cached_dataset"):
