@@ -16,27 +16,27 @@ import transformers
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-import training.spo
+import spo.task
 from losses import preference_loss
-from training.arguments import TrainArguments, names_given, parse_arguments, warn
+from training.options import TrainArguments, names_given, parse_arguments
+from common.errors import run_program, warn
 from training.checkpoints import (find_checkpoint, load_checkpoint, register_hooks, save_checkpoint,
                                   read_progress, save_result, write_run_file)
-from training.cached_dataset import CachedDataset, check_cache
-from training.data import PairDataset, choose_pairs, load_rows, make_loader
-from training.diffusion import noisy_batch, predict, predict_reference
-from training.errors import run_program
+from data.cached import CachedDataset, check_cache
+from data.pairs import PairDataset, choose_pairs, load_rows, make_loader
+from models.stable_diffusion import noisy_batch, predict, predict_reference
 from training.guards import Guards
 from training.hub import push
-from training.launch import (COMPUTE_DTYPES, gradient_norm, identify_run, start_accelerator, take_step,
+from training.run import (COMPUTE_DTYPES, gradient_norm, identify_run, start_accelerator, take_step,
                              tracker_config)
-from training.logs import MetricsFile, StepScalars, Throughput, bar_interval, peak_memory_gb
-from training.models import (is_refiner, is_turbo, load_frozen_encoders, load_policy_and_reference,
+from training.records import MetricsFile, StepScalars, Throughput, bar_interval, peak_memory_gb
+from models.policy import (is_refiner, is_turbo, load_frozen_encoders, load_policy_and_reference,
                              load_tokenizers_and_scheduler)
 from training.optimizers import effective_learning_rate, make_optimizer, make_schedule, optimizer_name
 from training.parameter_space import backward_in_parameter_space, check_whole_gradients
-from training.relabel import ai_feedback_labels
-from training.signals import StopSignal
-from training.spo_arguments import SPOArguments, warn_of_spo_flags
+from data.labels import ai_feedback_labels
+from common.signals import StopSignal
+from spo.options import SPOArguments, warn_of_spo_flags
 from training.validation import validate
 
 
@@ -196,7 +196,7 @@ def main() -> None:
     accelerator = start_accelerator(args, args.process_timeout)
     with StopSignal() as stop:
         if args.train_method == "spo":  # online: it samples its pairs itself, from prompts
-            training.spo.train(args, spo, accelerator, stop)
+            spo.task.train(args, spo, accelerator, stop)
         else:
             train(args, accelerator, stop)
 

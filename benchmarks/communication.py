@@ -26,9 +26,9 @@ from benchmarks.models import UNETS, make_unet
 from benchmarks.timing import check_output, check_positive
 from benchmarks.train_step import Arguments as StepArguments
 from benchmarks.train_step import make_pairs, prepare
-from training.arguments import parse_arguments, parse_words
-from training.errors import UserError, run_program
-from training.launch import start_accelerator
+from training.options import parse_arguments, parse_words
+from common.errors import UserError, run_program
+from training.run import start_accelerator
 
 COUNTED = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce",
            "barrier", "all_gather_object", "broadcast_object_list")

@@ -21,13 +21,13 @@ from transformers import HfArgumentParser
 from benchmarks.models import UNETS
 from benchmarks.train_step import make_pairs
 from shapes.pipeline import clip_tokenizer
-from training.arguments import parse_arguments, parse_words
-from training.cache import save_rows, write_shard
-from training.cached_dataset import CachedDataset, with_checks
-from training.data import PairDataset, choose_pairs, tokenize
-from training.draws import draw_pair
-from training.errors import run_program
-from training.images import cut_square, decode_image, scale_pixels
+from training.options import parse_arguments, parse_words
+from data.cache import save_rows, write_shard
+from data.cached import CachedDataset, with_checks
+from data.pairs import PairDataset, choose_pairs, tokenize
+from data.draws import draw_pair
+from common.errors import run_program
+from data.images import cut_square, decode_image, scale_pixels
 
 
 @dataclass

@@ -30,11 +30,11 @@ from transformers import CLIPTextConfig, HfArgumentParser
 
 from benchmarks.models import RESOLUTIONS, TEXT_ENCODERS, UNETS, VAES, make_unet
 from benchmarks.timing import check_positive
-from training.arguments import parse_words
-from training.diffusion import VAE_BATCH
-from training.errors import UserError, run_program
-from training.models import LORA_TARGETS
-from training.recompute import recompute_cheap
+from training.options import parse_words
+from models.stable_diffusion import VAE_BATCH
+from common.errors import UserError, run_program
+from models.policy import LORA_TARGETS
+from models.recompute import recompute_cheap
 
 CARDS = (16, 24, 40, 80)
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0.02}  # a parameter; Adafactor keeps rows and columns

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from shapes.pipeline import clip_tokenizer
-from training.arguments import TrainArguments
-from training.models import Models
+from training.options import TrainArguments
+from models.policy import Models
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from training.errors import UserError
+from common.errors import UserError
 
 
 def check_positive(options, *names: str, least: float = 1) -> None:

@@ -8,7 +8,7 @@ builds the models at their published sizes with random weights and measures, one
                 errors in that dtype, eager, autocast's cache, seven gathers with .item() in every micro-step (xformers:
                 torch's SDPA here); Diffusion-DPO without the safeguard, which the others have
     uncached    train.py's own step, encoders in the loop
-    cached      with a cache of training.cache
+    cached      with a cache of data.cache
     compact     cached, with --selective_checkpointing; SDXL, which recomputes everything, with --offload_reference
     compiled    cached, with --compile --channels_last and, but for SDXL, --selective_checkpointing
 
@@ -41,17 +41,17 @@ from transformers.optimization import Adafactor
 from benchmarks.models import RESOLUTIONS, UNETS, frozen, make_encoders, make_unet
 from benchmarks.timing import Parts, check_output, check_positive, matrix_rate
 from losses import preference_loss
-from training.arguments import TrainArguments, names_given, parse_arguments, parse_words
-from training.cache import CacheArguments, encode_table
-from training.cached_dataset import CachedDataset
-from training.compile import check_compiler
-from training.data import PairDataset, choose_pairs, make_loader
-from training.diffusion import encode_prompts, noisy_batch, predict, predict_reference, winners_first
-from training.errors import UserError, run_program
-from training.images import scale_pixels
-from training.launch import COMPUTE_DTYPES, gradient_norm, start_accelerator
-from training.logs import StepScalars
-from training.models import Models, set_up_policy_and_reference
+from training.options import TrainArguments, names_given, parse_arguments, parse_words
+from data.cache import CacheArguments, encode_table
+from data.cached import CachedDataset
+from models.compile import check_compiler
+from data.pairs import PairDataset, choose_pairs, make_loader
+from models.stable_diffusion import encode_prompts, noisy_batch, predict, predict_reference, winners_first
+from common.errors import UserError, run_program
+from data.images import scale_pixels
+from training.run import COMPUTE_DTYPES, gradient_norm, start_accelerator
+from training.records import StepScalars
+from models.policy import Models, set_up_policy_and_reference
 from training.optimizers import make_optimizer
 
 VARIANTS = ("baseline", "uncached", "cached", "compact", "compiled")

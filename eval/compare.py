@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 from transformers import HfArgumentParser
 
-from eval.files import make_folder, write_json
+from common.files import make_folder, write_json
 from eval.manifest import is_text, read_manifest
 from eval.metrics import metric_class
 from eval.report import write_report
 from eval.score import ScoredImage, ScoringOptions, report_failures, score_manifests, table
 from eval.statistics import RESAMPLES, holm, sign_test, win_rate_interval
-from training.arguments import parse_words
-from training.errors import UserError, run_program
+from training.options import parse_words
+from common.errors import UserError, run_program
 
 EXTREMES = 10  # biggest wins and losses told for each metric
 

@@ -24,15 +24,15 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval.files import fingerprint, make_folder, make_room, read_json, write_json
+from common.files import fingerprint, make_folder, make_room, read_json, write_json
 from eval.manifest import read_manifest
 from eval.sampling import Sampler, SamplingSettings, base_unet_config, is_sdxl, load_pipeline
 from prompts import group_path, read_group
-from training.arguments import parse_words
-from training.compile import check_compiler, compile_blocks
-from training.errors import UserError, run_program
-from training.lock import LOCK_FILE, hold, release
-from training.weights import weights_in
+from training.options import parse_words
+from models.compile import check_compiler, compile_blocks
+from common.errors import UserError, run_program
+from common.locks import LOCK_FILE, hold, release
+from models.weights import weights_in
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_VAE = "madebyollin/sdxl-vae-fp16-fix"
@@ -168,7 +168,7 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def unet_files(folder: Path) -> list[Path]:
-    """What training.weights.load_unet reads of a folder."""
+    """What models.weights.load_unet reads of a folder."""
     found = weights_in(folder)
     if found is None or found.is_dir():
         return model_files(found or folder)

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from training.errors import UserError
+from common.errors import UserError
 
 
 def read_manifest(path: str | os.PathLike) -> list[dict]:

@@ -19,11 +19,11 @@ import jinja2
 from PIL import Image
 from transformers import HfArgumentParser
 
-from eval.files import write_bytes
+from common.files import write_bytes
 from eval.metrics import metric_class
-from training.arguments import parse_words
-from training.errors import UserError, run_program
-from training.images import FORMATS
+from training.options import parse_words
+from common.errors import UserError, run_program
+from data.images import FORMATS
 
 INLINE_PAIRS = 150
 THUMBNAIL = 384  # pixels; a phone's card shows about 180, a laptop's 300

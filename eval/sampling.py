@@ -15,8 +15,8 @@ from diffusers import (AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler,
                        StableDiffusionXLPipeline, UNet2DConditionModel)
 from PIL import Image
 
-from training.errors import UserError
-from training.weights import from_hub, load_unet
+from common.errors import UserError
+from models.weights import from_hub, load_unet
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def base_unet_config(base: str) -> dict:
 
 def load_pipeline(base: str, unet_path: str, vae: str | None, unet_dtype: torch.dtype, device: torch.device,
                   scheduler: str) -> DiffusionPipeline:
-    """The pipeline `base` with the UNet that `unet_path` names (see training.weights.load_unet) and, if given, another
+    """The pipeline `base` with the UNet that `unet_path` names (see models.weights.load_unet) and, if given, another
     VAE (a folder, with or without vae/, or a hub id). UNet and text encoders in `unet_dtype`, the VAE in float32.
 
     Raises UserError when something cannot be loaded or the UNet is one of another base model.

@@ -24,14 +24,14 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval.files import make_room, read_json, write_bytes, write_json
+from common.files import make_room, read_json, write_bytes, write_json
 from eval.manifest import image_path, read_manifest
 from eval.metrics import (METRICS, PUBLISHED, canonical_name, load_metric, metric_class, metric_settings,
                           metric_version, read_config)
 from eval.metrics.base import Metric, to_pixels
-from training.arguments import parse_words
-from training.errors import UserError, first_line, run_program
-from training.images import FORMATS
+from training.options import parse_words
+from common.errors import UserError, first_line, run_program
+from data.images import FORMATS
 
 LISTED_FAULTS = 10
 READ_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on broken files

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from training.errors import UserError
+from common.errors import UserError
 
 PROMPTS = Path(__file__).parent
 

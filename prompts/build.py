@@ -19,9 +19,9 @@ from pathlib import Path
 import pyarrow.parquet
 from huggingface_hub import HfFileSystem, hf_hub_download
 
-from eval.files import write_json
+from common.files import write_json
 from prompts import PROMPTS, parse_group
-from training.errors import UserError, first_line, run_program
+from common.errors import UserError, first_line, run_program
 
 PUBLISHED_SIZES = {"papv2": 487, "hpsv2": 3200, "partiprompts": 1632}
 PICK_A_PIC = "datasets/yuvalkirstain/pickapic_v2/data"

@@ -6,7 +6,7 @@
 import argparse
 
 from prompts import group_path, read_group
-from training.errors import run_program
+from common.errors import run_program
 
 
 def main(argv: list[str] | None = None) -> None:

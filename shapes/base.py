@@ -34,7 +34,7 @@ from shapes.oracle import judge
 from shapes.pairs import pair_row, write_rows
 from shapes.pipeline import (GUIDANCE_SCALE, SHIPPED, assemble, base_pipeline, clip_tokenizer, draw_images,
                              text_config)
-from training.errors import run_program
+from common.errors import run_program
 
 RESOLUTION = 32
 TEXT_WIDTH = 64

@@ -41,12 +41,12 @@ from shapes.drawing import caption
 from shapes.oracle import judge
 from shapes.pipeline import NOISE_OFFSET, base_pipeline, draw_images
 from shapes.preferences import write_preferences
-from training.arguments import TrainArguments, parse_words
-from training.data import choose_pairs, load_table
-from training.diffusion import NoisyBatch, predict, sample_latents, winners_first
-from training.draws import draw_pair, epoch_order
-from training.errors import run_program
-from training.images import decode_image, image_bytes, to_pixels
+from training.options import TrainArguments, parse_words
+from data.pairs import choose_pairs, load_table
+from models.stable_diffusion import NoisyBatch, predict, sample_latents, winners_first
+from data.draws import draw_pair, epoch_order
+from common.errors import run_program
+from data.images import decode_image, image_bytes, to_pixels
 from training.optimizers import make_optimizer, make_schedule
 from training.parameter_space import parameter_space_gradients
 
@@ -153,7 +153,7 @@ def load_world(output: str):
 
 def make_inputs(split: dict[str, Tensor], rows: list[int], draws: list, timesteps: list[int], empty: list[bool], world,
                 scheduler, scaling_factor: float) -> NoisyBatch:
-    """The UNet's inputs for some pairs, winners first, from cached latents: training.diffusion.noisy_batch without the
+    """The UNet's inputs for some pairs, winners first, from cached latents: models.stable_diffusion.noisy_batch without the
     encoders."""
     mean, std = winners_first(split["mean"][rows]), winners_first(split["std"][rows])
     latents = sample_latents(mean, std, winners_first(torch.stack([draw.vae_noise for draw in draws])), scaling_factor)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from shapes.drawing import COLOURS, KINDS, POSITIONS, Drawing, outline, parse, render
-from training.errors import UserError
+from common.errors import UserError
 
 VIEW = 32
 _RADII = np.geomspace(0.10, 0.32, 8)  # as a share of the side; SIZES lie between

@@ -18,7 +18,7 @@ from PIL import Image
 
 from shapes.drawing import (FLAW_NAMES, Drawing, caption, random_drawing, random_flaws, render, wrong_colour,
                             wrong_shape)
-from training.errors import UserError, run_program
+from common.errors import UserError, run_program
 
 MODELS = ("shapes/dreamlike-drawer-1.0", "shapes/dreamlike-drawer-2.0", "shapes/plain-drawer-1.5")
 UNDECIDED_SHARE = 0.1

@@ -14,7 +14,7 @@ from diffusers import (AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PND
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training.errors import UserError
+from common.errors import UserError
 
 KINDS = ("sd15", "sdxl")
 SHIPPED = Path(__file__).parent / "base"

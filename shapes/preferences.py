@@ -20,7 +20,7 @@ from shapes.drawing import FLAW_NAMES, caption, random_flaws, render
 from shapes.oracle import judge
 from shapes.pairs import pair_row, write_rows
 from shapes.pipeline import base_pipeline, draw_images
-from training.errors import UserError, run_program
+from common.errors import UserError, run_program
 
 LABEL_NOISE = 0.1  # share of generated pairs whose label is turned round
 CANDIDATES = 4  # images drawn for a generated pair

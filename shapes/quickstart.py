@@ -20,8 +20,8 @@ from prompts import read_group
 from shapes.oracle import judge
 from shapes.pipeline import base_pipeline, draw_images
 from shapes.preferences import write_preferences
-from training.errors import UserError, run_program
-from training.logs import read_metrics
+from common.errors import UserError, run_program
+from training.records import read_metrics
 
 PROMPTS = read_group("shapes")[:8]
 LAST_STEPS = 10  # the table's figures are means over these

@@ -2,7 +2,7 @@
 
     bash scripts/compare_spo.sh [--smoke] [options]
 
-A step-aware preference model is trained on drawn pairs by `python -m spm.train`. Then every method trains the same base
+A step-aware preference model is trained on drawn pairs by `python -m spo.preference_model.train`. Then every method trains the same base
 for the same processor time of one core (reading models and judging images apart), the whole UNet, with train.py's own
 functions: the offline ones on pairs that the base drew and the oracle ranked, SPO on its own samples. Every few seconds
 the images for fixed prompts, whose captions the base was never trained on, are judged by the oracle.
@@ -43,17 +43,17 @@ from shapes.oracle import judge
 from shapes.pairs import write_pairs
 from shapes.pipeline import GUIDANCE_SCALE, NOISE_OFFSET, base_pipeline, clip_tokenizer, draw_images, text_config
 from shapes.preferences import write_preferences
-from training.arguments import TrainArguments, parse_words
-from training.data import PairDataset, choose_pairs, load_table, make_loader
-from training.diffusion import noisy_batch, predict, predict_reference
-from training.draws import epoch_order
-from training.errors import run_program
-from training.guidance import condition_on_prompts, guided_prediction
-from training.models import load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler
+from training.options import TrainArguments, parse_words
+from data.pairs import PairDataset, choose_pairs, load_table, make_loader
+from models.stable_diffusion import noisy_batch, predict, predict_reference
+from data.draws import epoch_order
+from common.errors import run_program
+from models.guidance import condition_on_prompts, guided_prediction
+from models.policy import load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler
 from training.optimizers import make_optimizer
-from training.resampler import ddim_scheduler, previous_timestep
-from training.spo import Judge, Progress, deal_out, learn_from, load_judge, pair_log_probs, sample_pairs
-from training.spo_arguments import SPOArguments
+from spo.resampler import ddim_scheduler, previous_timestep
+from spo.task import Judge, Progress, deal_out, learn_from, load_judge, pair_log_probs, sample_pairs
+from spo.options import SPOArguments
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend first)
@@ -139,7 +139,7 @@ def prepare(settings: Settings) -> None:
         file.rename(drawn / file.name.replace("train", "validation"))
     start = os.times()
     subprocess.run(
-        [sys.executable, "-m", "spm.train", "--pretrained_model_name_or_path", base_folder(settings), "--train_data_dir",
+        [sys.executable, "-m", "spo.preference_model.train", "--pretrained_model_name_or_path", base_folder(settings), "--train_data_dir",
          str(drawn), "--validation_split", "validation", "--resolution", "32", "--spm_clip", str(judge_folder),
          "--spm_tokenizer", str(judge_folder), "--guidance", str(GUIDANCE_SCALE), "--learning_rate", "5e-4",
          "--adam_weight_decay", "0.01", "--lr_warmup_steps", str(settings.spm_steps // 10), "--max_train_steps",

@@ -70,7 +70,7 @@ def _become_rank(launch: Launch, rank: int, port: int) -> None:
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         from accelerate import Accelerator
 
-        from training.errors import run_program
+        from common.errors import run_program
 
         def keep(accelerator, values, step=None, **_):
             if accelerator.is_main_process and "train_loss" in values:

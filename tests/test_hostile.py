@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from training.checkpoints import choose_checkpoint, fault, refuse_pickles
-from training.errors import UserError
-from training.weights import load_unet, read_state_dict
+from common.errors import UserError
+from models.weights import load_unet, read_state_dict
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("losses", "training", "eval", "prompts", "spm", "shapes", "scripts")
@@ -80,7 +80,7 @@ def test_a_pickle_inside_a_pipeline_folder_is_refused_and_does_not_run(payload, 
         load_unet(folder)
     from diffusers import AutoencoderKL
 
-    from training.weights import from_hub
+    from models.weights import from_hub
     with pytest.raises(UserError):
         from_hub(AutoencoderKL, folder, "the VAE", subfolder="vae")
     assert not mark.exists()

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from eval.manifest import image_path, read_manifest
 from prompts import read_group
-from training.arguments import TrainArguments, parse_arguments
+from training.options import TrainArguments, parse_arguments
 from training.checkpoints import MANIFEST, PROGRESS, choose_checkpoint, fault, read_progress, write_manifest
-from training.errors import UserError
+from common.errors import UserError
 from training.guards import EventLog
-from training.images import BadImage, decode_image, image_bytes
-from training.weights import read_state_dict
+from data.images import BadImage, decode_image, image_bytes
+from models.weights import read_state_dict
 
 COMMON = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),

@@ -138,7 +138,7 @@ def test_bad_input_is_one_line_and_loses_nothing(two_process_run, tiny_sd15, tin
 import contextlib, io, json, os, sys
 from accelerate.state import AcceleratorState
 from train import main
-from training.errors import run_program
+from common.errors import run_program
 for words in json.load(open(os.environ["CASES"])):
     AcceleratorState._reset_state(True)
     sys.argv, errors, code = ["train.py", *words], io.StringIO(), 0

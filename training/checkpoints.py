@@ -28,10 +28,10 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from training.arguments import TrainArguments, warn
-from training.errors import UserError, first_line, printable
-from training.lock import hold
-from training.weights import LORA_FILE, load_strictly, load_unet, merge_lora, read_state_dict
+from training.options import TrainArguments
+from common.errors import UserError, first_line, printable, warn
+from common.locks import hold
+from models.weights import LORA_FILE, load_strictly, load_unet, merge_lora, read_state_dict
 
 MANIFEST, PROGRESS, RUN_FILE = "manifest.json", "progress.json", "run.json"
 

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from training.arguments import TrainArguments, warn
+from training.options import TrainArguments
+from common.errors import UserError, warn
 from training.checkpoints import continuing, raise_together, write_whole
-from training.data import PairDataset
-from training.errors import UserError
-from training.signals import StopSignal
+from data.pairs import PairDataset
+from common.signals import StopSignal
 
 BAD_DATA_FILE, NONFINITE_FILE = "bad_data.jsonl", "nonfinite.jsonl"
 
@@ -260,7 +260,7 @@ class Guards:
             raise UserError(
                 f"{self.bad_pairs} of {self.pairs_seen} pairs could not be used, more than --max_bad_fraction "
                 f"{self.args.max_bad_fraction:g}: {self.bad_data.path} names row, column and reason, {checkpoint} is "
-                "saved. python -m training.check_data looks through all the data; raise the bound to train on regardless")
+                "saved. python -m data.check looks through all the data; raise the bound to train on regardless")
         if self.accelerator.is_main_process:
             print(f"Stopped by {self.signal.name or 'a signal'}: {checkpoint} is saved, "
                   f"{continuing(self.args.resume_from_checkpoint)}", flush=True)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from training.arguments import TrainArguments
-from training.errors import UserError, first_line
+from training.options import TrainArguments
+from common.errors import UserError, first_line
 
 CARD = """---
 base_model: {base}

@@ -6,8 +6,8 @@ import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 from transformers.optimization import Adafactor
 
-from training.arguments import TrainArguments
-from training.errors import UserError
+from training.options import TrainArguments
+from common.errors import UserError
 
 
 def effective_learning_rate(args: TrainArguments, num_processes: int) -> float:

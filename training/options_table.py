@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Literal, get_args, get_origin
 
-from training.arguments import TrainArguments, default_of
+from training.options import TrainArguments, default_of
 
 
 def options_table() -> str:

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from losses import LossConfig, PreferenceLoss, parameter_space_scale, preference_loss
-from training.errors import UserError
+from common.errors import UserError
 
 
 def parameter_space_gradients(model_pred: Tensor, ref_pred: Tensor, target: Tensor, config: LossConfig,

@@ -10,10 +10,10 @@ from diffusers import (AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler,
 from PIL import Image
 from tqdm.auto import tqdm
 
-from training.arguments import TrainArguments
-from training.draws import seeded_generator
-from training.models import Models, adapters_off, on_device
-from training.weights import from_hub
+from training.options import TrainArguments
+from data.draws import seeded_generator
+from models.policy import Models, adapters_off, on_device
+from models.weights import from_hub
 
 
 def make_pipeline(models: Models, unet, args: TrainArguments, device: torch.device) -> DiffusionPipeline:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from eval.files import fingerprint
+from common.files import fingerprint
 from eval.metrics.base import Metric
-from training.errors import UserError, first_line
+from common.errors import UserError, first_line
 
 METRICS = {
     "pickscore": "eval.metrics.pickscore:PickScore",

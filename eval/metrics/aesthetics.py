@@ -4,7 +4,7 @@ import torch
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from eval.metrics.base import Metric, linear_head, pretrained, weight_file
-from training.weights import from_hub, load_strictly, read_state_dict
+from models.weights import from_hub, load_strictly, read_state_dict
 
 HEAD_FILE = "aesthetic-model.pth"
 

@@ -11,8 +11,8 @@ import torchvision.transforms.functional as transforms
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
-from training.errors import UserError, first_line
-from training.weights import from_hub
+from common.errors import UserError, first_line
+from models.weights import from_hub
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -6,7 +6,7 @@ import open_clip
 import torch
 
 from eval.metrics.base import Metric, cosine
-from training.errors import UserError, first_line
+from common.errors import UserError, first_line
 
 
 def architecture_name(architecture: str) -> str:

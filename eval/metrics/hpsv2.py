@@ -4,8 +4,8 @@ import open_clip
 
 from eval.metrics.base import read_weights, weight_file
 from eval.metrics.clip import OpenCLIPMetric
-from training.errors import UserError
-from training.weights import load_strictly
+from common.errors import UserError
+from models.weights import load_strictly
 
 
 class HPSv2(OpenCLIPMetric):

@@ -11,8 +11,8 @@ import torch
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from eval.metrics.base import Metric, linear_head, weight_file
-from training.errors import UserError
-from training.weights import from_hub, load_strictly, read_state_dict
+from common.errors import UserError
+from models.weights import from_hub, load_strictly, read_state_dict
 
 MAX_TOKENS = 35
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # the published normalisation of the reward

@@ -4,7 +4,7 @@ import torch
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from eval.metrics.base import Metric, cosine, pretrained
-from training.weights import from_hub
+from models.weights import from_hub
 
 MAX_TOKENS = 77
 

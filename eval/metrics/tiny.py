@@ -20,7 +20,7 @@ from transformers import (BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisi
 from eval.metrics.base import linear_head
 from eval.metrics.clip import architecture_name
 from shapes.pipeline import clip_tokenizer
-from training.errors import run_program
+from common.errors import run_program
 
 CLIP_VOCABULARY = 49408
 BERT_VOCABULARY = 30522  # bert-base-uncased's; BLIP adds [DEC] and [ENC]

@@ -15,4 +15,4 @@ if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then co
 
 say "$preset, cached into $folder by $processes process(es) on $gpus GPU(s)"
 run "$PYTHON" -m accelerate.commands.launch --quiet --config_file "$ROOT/configs/accelerate/$config.yaml" \
-  --num_processes "$processes" -m training.cache --config "$ROOT/configs/train/$preset.yaml" --cached_dataset "$folder" "$@"
+  --num_processes "$processes" -m data.cache --config "$ROOT/configs/train/$preset.yaml" --cached_dataset "$folder" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # launch.sh PRESET [train.py flags]: run train.py with configs/train/PRESET.yaml on every GPU of this machine
-# (presets spm_*: python -m spm.train).
+# (presets spm_*: python -m spo.preference_model.train).
 # Flags given here win over the preset. Environment, all optional: NUM_PROCESSES, ACCELERATE_CONFIG (a file of
 # configs/accelerate), and for several machines NUM_MACHINES, MACHINE_RANK, MAIN_ADDRESS, MAIN_PORT.
 set -euo pipefail
@@ -34,7 +34,7 @@ if [[ "$preset" != *_spo && "$preset" != spm_* ]] && ! accumulates "$@"; then
 fi
 
 program=("$ROOT/train.py")
-if [[ "$preset" == spm_* ]]; then program=(-m spm.train); fi
+if [[ "$preset" == spm_* ]]; then program=(-m spo.preference_model.train); fi
 
 say "$preset on $gpus GPU(s) of this machine, $processes process(es) in all"
 [ "$gpus" -eq 0 ] && echo "no GPU found: this runs on the CPU, which suits only small models"

@@ -15,8 +15,8 @@ from benchmarks.communication import model_times
 from benchmarks.memory import LiveBytes, Setting, as_on_a_gpu, count_step, recomputed_share
 from benchmarks.models import TEXT_ENCODERS, VAES, make_unet
 from benchmarks.train_step import unet_forward_flops
-from training.errors import UserError
-from training.recompute import recompute_cheap
+from common.errors import UserError
+from models.recompute import recompute_cheap
 
 ROOT = Path(__file__).parents[2]
 

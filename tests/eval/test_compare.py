@@ -8,7 +8,7 @@ import pytest
 from eval import compare
 from eval.compare import new_folder, pair_up
 from eval.report import write_report
-from training.errors import UserError
+from common.errors import UserError
 
 PROMPTS = ["a red cat", "a dog", "a dog", "naïve 東京", "<b>bold</b>", "z last"]
 METRICS = ["pickscore", "hpsv2", "aesthetics", "clip", "imagereward"]

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from eval import generate
 from eval.generate import IMAGE_DESCRIPTION, base_files, identity, read_prompt, unet_files, vae_files
-from training.errors import UserError
-from training.lock import hold, release
+from common.errors import UserError
+from common.locks import hold, release
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "naïve café in 東京", "<img src=x onerror=alert(1)>", "a dog & a \"hat\"", "a house"]

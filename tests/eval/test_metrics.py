@@ -14,7 +14,7 @@ from transformers import BertTokenizer, CLIPModel, CLIPTokenizer
 
 from eval.metrics import METRICS, PUBLISHED, load_metric, metric_version, read_config
 from eval.metrics.base import CLIP_MEAN, CLIP_STD, to_pixels
-from training.errors import UserError
+from common.errors import UserError
 
 PROMPTS = ["a red cat", "", "naïve café in 東京 [ENC]", "a very long prompt " * 40]
 

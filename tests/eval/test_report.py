@@ -11,10 +11,10 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from eval.compare import Arguments, compare_metric, summarise
-from eval.files import write_json
+from common.files import write_json
 from eval.report import write_report
 from eval.score import ScoredImage
-from training.errors import UserError
+from common.errors import UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<img src=x onerror=\"document.title='executed'\"><script>document.title='executed'</script> & </script>"

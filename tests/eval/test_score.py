@@ -10,7 +10,7 @@ from PIL import Image
 
 from eval import score
 from eval.metrics import load_metric
-from training.errors import UserError
+from common.errors import UserError
 
 PROMPTS = ["a red cat", "a dog", "a dog", "naïve 東京", "a house"]
 

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from prompts import PROMPTS, build, check, read_group
-from training.errors import UserError
+from common.errors import UserError
 
 
 def written(path) -> list[str]:

@@ -7,7 +7,7 @@ from PIL import Image
 from eval.metrics import load_metric
 from shapes.drawing import FLAW_NAMES, caption, parse, random_drawing, random_flaws, render, wrong_colour, wrong_shape
 from shapes.oracle import judge
-from training.errors import UserError
+from common.errors import UserError
 
 ATTRIBUTES = ("shape", "colour", "background", "position")
 

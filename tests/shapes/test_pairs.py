@@ -9,7 +9,7 @@ from PIL import Image
 
 from shapes.drawing import parse
 from shapes.pairs import write_pairs
-from training.errors import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

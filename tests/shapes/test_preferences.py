@@ -8,7 +8,7 @@ from shapes.base import held_out
 from shapes.drawing import parse
 from shapes.oracle import judge
 from shapes.preferences import BASE_NAME, LABEL_NOISE, write_preferences
-from training.errors import UserError
+from common.errors import UserError
 
 
 def test_half_are_the_bases_own_and_mostly_ranked_as_the_oracle_ranks(tmp_path):

@@ -19,9 +19,9 @@ def train_tiny(forge_server, tiny_sd15, pairs_dir, tmp_path_factory) -> forge.Ti
 def train_run(tmp_path_factory):
     """train_run(argv) -> the scalars of each optimizer step of a short run (20 steps unless argv says otherwise)."""
     import train
-    from training.arguments import parse_arguments
-    from training.launch import start_accelerator
-    from training.signals import StopSignal
+    from training.options import parse_arguments
+    from training.run import start_accelerator
+    from common.signals import StopSignal
 
     def run(argv: list) -> list[dict[str, float]]:
         words = SHORT + [f"--output_dir={tmp_path_factory.mktemp('run')}"] + [str(word) for word in argv]

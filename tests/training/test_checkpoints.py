@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from training.checkpoints import (PROGRESS, choose_checkpoint, claim_output_dir, continuing, fault, find_checkpoint,
                                   list_checkpoints, put_in_place, remove_leftovers, remove_older, settings_of_run,
                                   write_fault, write_manifest, write_run_file)
-from training.errors import UserError
+from common.errors import UserError
 
 
 def make(output: Path, step: int, name: str | None = None) -> Path:

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from tests.runs import continue_from
-from training.logs import read_metrics
+from training.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

@@ -168,7 +168,7 @@ def test_overflow_of_fp16_gradients_is_left_to_the_scaler(scale, loss, grad_norm
 def test_fp16_overflows_only_halve_the_scale():
     from accelerate import Accelerator
 
-    from training.launch import take_step
+    from training.run import take_step
 
     accelerator = Accelerator(mixed_precision="fp16")
     model = torch.nn.Linear(4, 1)

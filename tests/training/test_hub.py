@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-from training.arguments import parse_arguments
-from training.errors import UserError
+from training.options import parse_arguments
+from common.errors import UserError
 from training.hub import push
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from training.errors import lost_process
+from common.errors import lost_process
 
 ROOT = Path(__file__).parents[2]
-PROGRAM_FILES = [ROOT / "train.py", *sorted((ROOT / "training").glob("*.py")), *sorted((ROOT / "spm").glob("*.py")),
+PROGRAM_FILES = [ROOT / "train.py", *(path for room in ("common", "models", "data", "training", "spo") for path in sorted((ROOT / room).rglob("*.py"))),
                  *sorted((ROOT / "eval").rglob("*.py"))]
 COLLECTIVES = {"wait_for_everyone", "reduce", "gather", "gather_for_metrics", "gather_object", "broadcast", "broadcast_object_list",
                "broadcast_object", "all_reduce", "all_gather", "all_gather_object", "barrier", "main_process_first",
@@ -116,8 +116,8 @@ def test_one_rank_failing_ends_all_with_its_error_shown(train_tiny, tmp_path, ru
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
-from training.data import PairDataset
-from training.errors import UserError, run_program
+from common.errors import UserError, run_program
+from data.pairs import PairDataset
 read = PairDataset.read
 def broken(self, index, draw):
     if os.environ["RANK"] == "1":

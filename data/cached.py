@@ -1,0 +1,215 @@
+"""Reading a cache that data.cache made, and refusing one that this run would not have made itself."""
+
+import hashlib
+import json
+import os
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import datasets
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from training.options import TrainArguments
+from data.bad_pairs import BadPair
+from training.checkpoints import digest
+from common.errors import UserError, first_line
+from models.policy import Models, load_frozen_encoders
+
+SETTINGS, MANIFEST, PROMPTS, ROWS = "settings.json", "manifest.json", "prompts.json", "rows"
+FORMAT = 2
+PROBED = 1000  # prompts whose token ids stand for a tokenizer
+# What a config decides besides the shapes of the weights.
+TEXT_CONFIG = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
+VAE_CONFIG = ("act_fn", "norm_num_groups", "scaling_factor", "shift_factor", "down_block_types", "mid_block_add_attention")
+
+
+# --- what a cache is made of ---------------------------------------------------------------------------------------
+
+def model_digest(module: torch.nn.Module, config_names: tuple[str, ...]) -> str:
+    """SHA-256 of a model's weights and of what its config decides, wherever it was loaded from; the weights' names are
+    left out, they change with the library."""
+    sha = hashlib.sha256(repr([getattr(module.config, name, None) for name in config_names]).encode())
+    for tensor in module.state_dict().values():
+        sha.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def is_local(args: TrainArguments) -> bool:
+    return args.data_source is not None and os.path.exists(args.data_source)
+
+
+def source_name(args: TrainArguments) -> str | None:
+    """The data's name: a hub id, or an absolute path where it is a local one."""
+    return os.path.abspath(args.data_source) if args.train_data_dir or is_local(args) else args.data_source
+
+
+def tokens_digest(tokenizer, prompts: list[str]) -> str:
+    """SHA-256 of the token ids of some prompts."""
+    ids = tokenizer(prompts[:PROBED], padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def cache_settings(args: TrainArguments, models: Models, image_columns: list[str], prompts: list[str]) -> dict:
+    """Everything that a cached number depends on, but for the rows. prompts: the cache's."""
+    return {
+        "format": FORMAT,
+        "data": source_name(args), "dataset_config_name": args.dataset_config_name, "split": args.split,
+        "caption_column": args.caption_column,
+        "image_columns": image_columns,
+        "model": args.pretrained_model_name_or_path, "vae": model_digest(models.vae, VAE_CONFIG),
+        "text_encoders": [model_digest(encoder, TEXT_CONFIG) for encoder in models.text_encoders],
+        "tokenizers": [tokens_digest(tokenizer, prompts) for tokenizer in models.tokenizers],
+        "sdxl": args.sdxl, "mixed_precision": args.mixed_precision, "resolution": args.resolution,
+        "transform": "short side bilinear, centre crop, [-1, 1]", "flips": not args.no_hflip,
+        "latent_channels": models.vae.config.latent_channels, "scaling_factor": models.vae.config.scaling_factor,
+    }
+
+
+def check_settings(folder: Path, cached: dict, run: dict, rows_are_known: bool) -> None:
+    """Refuse a cache that this run would not have made itself. Raises UserError naming every difference.
+
+    rows_are_known: the data's name says nothing more, its rows were compared.
+    """
+    harmless = {"model"}  # a name; the digests beside it say whether the models are the same
+    if run["data"] is None or rows_are_known:  # a run that names no data takes the cache's
+        harmless |= {"data", "dataset_config_name"}
+    if cached.get("flips") and not run["flips"]:  # a run without flips uses half of a cache that has both
+        harmless.add("flips")
+    differences = [f"{name} was {_short(cached.get(name))}, is {_short(run[name])}" for name in run
+                   if name not in harmless and cached.get(name) != run[name]]
+    if differences:
+        hint = "" if "data" in harmless else ", name no data and take the cache's rows"
+        raise UserError(f"--cached_dataset {folder} was made otherwise than this run asks for ({'; '.join(differences)}; "
+                        f"made with {cached.get('model')}): train with those{hint}, or cache into another folder")
+
+
+def with_checks(tensors: dict[str, Tensor], dims: int) -> dict[str, Tensor]:
+    """The tensors, and of each as NAME.checks the CRC-32 of its entries along the first `dims` dimensions, int64: so that
+    a reader knows whether an entry is what was written."""
+    checks = {name: torch.tensor([check_sum(entry) for entry in tensor.flatten(0, dims - 1)], dtype=torch.int64)
+              .reshape(tensor.shape[:dims]) for name, tensor in tensors.items()}
+    return tensors | {f"{name}.checks": sums for name, sums in checks.items()}
+
+
+def check_sum(entry: Tensor) -> int:
+    return zlib.crc32(entry.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _short(value) -> str:
+    values = value if isinstance(value, list) else [value]
+    words = [v[:12] if isinstance(v, str) and len(v) == 64 else str(v) for v in values]
+    return " ".join(words)
+
+
+def read_json(path: Path, missing: str) -> dict | list:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, first_line(error)) from None
+
+
+def damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged ({reason}): cache again, into an empty folder")
+
+
+def read_settings(folder: Path, missing: str) -> dict:
+    settings = read_json(folder / SETTINGS, missing)
+    if not isinstance(settings, dict):
+        raise damaged(folder / SETTINGS, "not what was written")
+    return settings
+
+
+# --- reading, when training ----------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=256)
+def _open_shard(path: str, process: int):
+    """An opened shard, memory-mapped; `process` keeps handles from being shared across a fork."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged ({first_line(error)}): delete it and run data.cache "
+                        "again, it makes what is missing") from None
+
+
+class CachedDataset:
+    """The encoded rows and prompts of a finished cache. Raises UserError where it is missing, unfinished or damaged."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.settings = read_settings(self.folder, f"--cached_dataset {folder}: no cache is there; make one with "
+                                      "python -m data.cache and the same flags")
+        manifest = read_json(self.folder / MANIFEST, f"--cached_dataset {folder} is not finished: run data.cache "
+                             "with the same flags again, it continues")
+        try:
+            shards, files = dict(manifest["shards"]), dict(manifest["files"])
+            self.faults = {int(row): dict(reasons) for row, reasons in manifest["faults"].items()}
+            self.pairs_per_shard, self.prompts_per_shard = manifest["pairs_per_shard"], manifest["prompts_per_shard"]
+            whole = min(self.pairs_per_shard, self.prompts_per_shard) > 0
+        except (KeyError, TypeError, ValueError, AttributeError):
+            whole = False
+        if not whole:
+            raise damaged(self.folder / MANIFEST, "not what was written")
+        for name, size in shards.items():
+            if not (self.folder / name).is_file() or (self.folder / name).stat().st_size != size:
+                raise UserError(f"{self.folder / name} is missing or damaged: delete it and run data.cache again, "
+                                "it makes what is missing")
+        for name, known in files.items():
+            if not (self.folder / name).is_file() or digest(self.folder / name) != known:
+                raise UserError(f"{self.folder / name} is missing or damaged: delete {MANIFEST} beside it and run "
+                                "data.cache again, it makes what is missing")
+        prompts = read_json(self.folder / PROMPTS, f"{self.folder / PROMPTS} is missing: cache again")
+        self.prompt_numbers = {prompt: number for number, prompt in enumerate(prompts)}
+
+    def rows(self) -> datasets.Dataset:
+        """The table without its images."""
+        try:
+            return datasets.load_from_disk(str(self.folder / ROWS))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / ROWS} is missing or damaged ({first_line(error)[:150]}): delete "
+                            f"{MANIFEST} beside it and run data.cache again") from None
+
+    def check_images(self, row: int, columns: list[str]) -> None:
+        """Raises BadPair where decoding these columns would."""
+        faults = self.faults.get(row, {})
+        for column in ("row", *columns, ", ".join(sorted(columns))):
+            if column in faults:
+                raise BadPair(column, faults[column])
+
+    def moments(self, row: int, images: list[int], flipped: list[bool]) -> Tensor:
+        """The VAE's mean and log-variance of the given images of a row, each flipped or not: (k, 2C, h, w)."""
+        shard, number = divmod(row, self.pairs_per_shard)
+        path = self.folder / f"pairs-{shard:05}.safetensors"
+        file = _open_shard(str(path), os.getpid())
+        stored, checks = file.get_slice("moments"), file.get_slice("moments.checks")
+        return torch.stack([_checked(stored[number, image, int(flip)], checks[number, image, int(flip)], path)
+                            for image, flip in zip(images, flipped)])
+
+    def prompt(self, prompt: str) -> dict[str, Tensor]:
+        """{"embeddings": (77, D)} and, for SDXL, {"pooled": (P,)}."""
+        shard, number = divmod(self.prompt_numbers[prompt], self.prompts_per_shard)
+        path = self.folder / f"prompts-{shard:05}.safetensors"
+        file = _open_shard(str(path), os.getpid())
+        return {name: _checked(file.get_slice(name)[number], file.get_slice(f"{name}.checks")[number], path)
+                for name in file.keys() if not name.endswith(".checks")}
+
+
+def _checked(entry: Tensor, known: Tensor, path: Path) -> Tensor:
+    if check_sum(entry) != int(known):
+        raise UserError(f"{path} is damaged: delete it and run data.cache again, it makes what is missing")
+    return entry
+
+
+def check_cache(cache: CachedDataset, models: Models, args: TrainArguments, image_columns: list[str],
+                dtype: torch.dtype) -> None:
+    """Compare what this run would encode, and by which encoders, with the cache; the encoders are on the host and for
+    this moment only. Raises UserError."""
+    load_frozen_encoders(models, args, dtype, torch.device("cpu"))
+    run = cache_settings(args, models, image_columns, list(cache.prompt_numbers))
+    check_settings(cache.folder, cache.settings, run, rows_are_known=is_local(args))
+    models.vae, models.text_encoders = None, []

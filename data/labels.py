@@ -1,0 +1,85 @@
+"""AI feedback: who wins a pair decided by a scorer instead of by people (--choice_model)."""
+
+import hashlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from training.options import TrainArguments
+from data.bad_pairs import BadPair, decode_images, read_caption, read_row
+from data.pairs import content_digest
+from common.errors import UserError
+
+ROWS_A_FILE = 1024
+BATCH = 32
+
+
+def ai_feedback_labels(table: datasets.Dataset, args: TrainArguments, accelerator: Accelerator) -> np.ndarray:
+    """label_0 of every row by the scorer's comparison of its two images: 1, 0, 0.5 for a tie, None where a row cannot
+    be used. (rows,) object.
+
+    The processes share the rows and meet in files under OUTPUT_DIR/ai_feedback, so a restart scores only what is
+    missing. Raises UserError when the columns or the scorer cannot be had.
+    """
+    from eval.metrics import load_metric, metric_version
+
+    missing = [name for name in (args.caption_column, "jpg_0", "jpg_1") if name not in table.column_names]
+    if missing:
+        raise UserError(f"{args.data_source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    version = metric_version(args.choice_model, args.metrics_config)
+    key = hashlib.sha256(f"{version}|{args.caption_column}|{content_digest(table, args)}".encode()).hexdigest()[:16]
+    folder = Path(args.output_dir) / "ai_feedback" / f"{args.choice_model}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    starts = range(0, len(table), ROWS_A_FILE)
+    own = [start for start in starts[accelerator.process_index::accelerator.num_processes]
+           if not score_file(folder, start).is_file()]
+    if own:
+        scorer = load_metric(args.choice_model, device=str(accelerator.device), config=args.metrics_config)
+        for start in tqdm(own, desc=f"{args.choice_model} labels", unit_scale=ROWS_A_FILE, unit="pair",
+                          disable=not accelerator.is_local_main_process, dynamic_ncols=True):
+            scores = score_rows(table, range(start, min(start + ROWS_A_FILE, len(table))), args.caption_column, scorer)
+            aside = folder / f".{start}.partial.npy"
+            np.save(aside, scores)
+            aside.rename(score_file(folder, start))
+        del scorer
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+    accelerator.wait_for_everyone()
+    return labels_from_scores(np.concatenate([np.load(score_file(folder, start), allow_pickle=False) for start in starts]))
+
+
+def score_file(folder: Path, start: int) -> Path:
+    return folder / f"rows-{start:09d}.npy"
+
+
+def score_rows(table: datasets.Dataset, rows: range, caption_column: str, scorer) -> np.ndarray:
+    """Scores (rows, 2) of both images under their caption; NaN where the row cannot be used as a pair."""
+    scores = np.full((len(rows), 2), np.nan)
+    for first in range(0, len(rows), BATCH):
+        batch = rows[first:first + BATCH]
+        places, images, captions = [], [], []
+        for place, number in enumerate(batch, start=first):
+            try:
+                row = read_row(table, number)
+                pair, caption = decode_images(row, ["jpg_0", "jpg_1"]), read_caption(row, caption_column)
+            except BadPair:
+                continue
+            places.append(place)
+            images += pair
+            captions += [caption, caption]
+        if places:
+            scores[places] = scorer.score(images, captions).reshape(-1, 2).double().numpy()
+    return scores
+
+
+def labels_from_scores(scores: np.ndarray) -> np.ndarray:
+    """(rows, 2) scores -> (rows,) labels 1, 0, 0.5 or None, as label_0 has them."""
+    first, second = scores[:, 0], scores[:, 1]
+    labels = np.where(first > second, 1.0, np.where(first < second, 0.0, 0.5)).astype(object)
+    labels[np.isnan(scores).any(axis=1)] = None
+    return labels

@@ -1,0 +1,99 @@
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from faults import REPLACED, image_faults, picture, encoded, write_faulty_pairs
+
+from data.images import BadImage, decode_image, image_bytes
+
+JPEG = encoded(picture(), "JPEG")
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faulty")
+    planted = write_faulty_pairs(folder, num_good=41)
+    return folder / "faulty", {row for row, outcome in planted.values() if outcome == REPLACED}
+
+
+@pytest.mark.parametrize("name", image_faults(JPEG))
+def test_an_image_is_used_or_refused_as_the_docs_say(name):
+    cell, outcome = image_faults(JPEG)[name]
+    begin = time.perf_counter()
+    if outcome == REPLACED:
+        with pytest.raises(BadImage):
+            decode_image(image_bytes(cell))
+        assert time.perf_counter() - begin < 0.5  # the bomb is refused by its header: decoding it takes seconds
+    else:
+        image = decode_image(image_bytes(cell))
+        assert image.mode == "RGB" and image.size == (64, 64)
+
+
+def test_conversions_keep_what_a_viewer_shows():
+    sixteen = np.asarray(decode_image(image_faults(JPEG)["16 bit"][0])).astype(int)
+    assert abs(sixteen.mean() - 127.5) < 1  # Pillow's own conversion makes such an image white
+    animated = np.asarray(decode_image(image_faults(JPEG)["animated WebP"][0])).astype(int)
+    assert np.abs(animated - np.asarray(picture()).astype(int)).mean() < 8  # the first frame
+    transparent = picture("RGBA")
+    transparent.putalpha(0)
+    assert (np.asarray(decode_image(encoded(transparent, "PNG"))) == 255).all()  # over white
+
+
+def test_a_path_cell_reads_regular_files_only(tmp_path):
+    (tmp_path / "image.jpg").write_bytes(JPEG)
+    assert image_bytes({"bytes": None, "path": str(tmp_path / "image.jpg")}) == JPEG
+    for path in ("/dev/zero", str(tmp_path), str(tmp_path / "missing.jpg"), "nul\0byte"):
+        with pytest.raises(BadImage):
+            image_bytes({"bytes": None, "path": path})
+
+
+@pytest.mark.slow
+def test_check_data_counts_what_was_planted(faulty, program, tmp_path):
+    folder, replaced = faulty
+    report = tmp_path / "report.jsonl"
+    told = program("data.check", [folder, "--num_workers", "2", "--report", report], expect=1)
+    assert {json.loads(line)["row"] for line in report.read_text().splitlines()} == replaced
+    assert f"Cannot be used, their neighbours take their place: {len(replaced)} of 66" in told
+    assert "1 of 69 pairs dropped without a decision" in told and "2 pairs dropped without a label" in told
+    for remark in ("duplicate of an earlier pair (row 49)", "CMYK image", "2 x empty caption", "2 x animated image"):
+        assert remark in told
+    assert "\nerror: 18.18% of the pairs cannot be used" in told
+
+
+@pytest.mark.slow
+def test_training_on_every_fault_ends_and_counts_agree(faulty, train_tiny, tmp_path):
+    folder, replaced = faulty
+
+    def events(output):
+        return sorted(map(tuple, (json.loads(line).items() for line in (output / "bad_data.jsonl").read_text().splitlines())))
+
+    outputs = {"one": tmp_path / "one", "workers": tmp_path / "workers", "two": tmp_path / "two"}
+    whole_epoch = ("--max_train_steps=11", "--max_bad_fraction=1", "--checkpointing_steps=0")
+    train_tiny(outputs["one"], *whole_epoch, "--train_batch_size=6", pairs=folder)
+    assert train_tiny.losses[11]["bad_pairs"] > 0 and all(np.isfinite(s["train_loss"]) for s in train_tiny.losses.values())
+    train_tiny(outputs["workers"], *whole_epoch, "--train_batch_size=6", "--dataloader_num_workers=2", pairs=folder)
+    train_tiny(outputs["two"], *whole_epoch, "--train_batch_size=3", pairs=folder, processes=2)
+
+    found = events(outputs["one"])
+    assert {dict(event)["row"] for event in found} == replaced
+    assert found == events(outputs["workers"]) == events(outputs["two"])
+    assert all(dict(event)["replaced_by"] not in replaced for event in found)
+    one, workers = (torch.load(outputs[name] / "unet.pth", weights_only=True) for name in ("one", "workers"))
+    assert all(torch.equal(one[key], workers[key]) for key in one)
+
+
+def test_too_many_bad_pairs_stop_the_run_with_a_checkpoint(faulty, train_tiny, tmp_path):
+    folder, _ = faulty
+    output = train_tiny(tmp_path, "--max_train_steps=40", pairs=folder, expect=1)
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "could not be used, more than --max_bad_fraction 0.01" in errors[0]
+    assert "Traceback" not in output
+    assert list(tmp_path.glob("checkpoint-*/unet.pth")) and not (tmp_path / "unet.pth").exists()
+    # Raising the bound lets the same command go on: it is no setting that changes what is learned.
+    assert "resuming" in train_tiny(tmp_path, "--max_train_steps=6", "--max_bad_fraction=1", pairs=folder)
