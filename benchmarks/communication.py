@@ -26,7 +26,7 @@ from benchmarks.models import UNETS, make_unet
 from benchmarks.timing import check_output, check_positive
 from benchmarks.train_step import Arguments as StepArguments
 from benchmarks.train_step import make_pairs, prepare
-from training.options import parse_arguments, parse_words
+from common.train_options import parse_arguments, parse_words
 from common.errors import UserError, run_program
 from training.run import start_accelerator
 

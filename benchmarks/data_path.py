@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from benchmarks.models import UNETS
 from benchmarks.train_step import make_pairs
 from shapes.pipeline import clip_tokenizer
-from training.options import parse_arguments, parse_words
+from common.train_options import parse_arguments, parse_words
 from data.cache import save_rows, write_shard
 from data.cached import CachedDataset, with_checks
 from data.pairs import PairDataset, choose_pairs, tokenize

@@ -18,7 +18,7 @@ from benchmarks.models import RESOLUTIONS, TEXT_ENCODERS, UNETS, VAES, make_unet
 from benchmarks.timing import Parts, check_positive
 from eval.sampling import Sampler, SamplingSettings
 from shapes.pipeline import clip_tokenizer
-from training.options import parse_words
+from common.train_options import parse_words
 from models.compile import check_compiler, compile_blocks
 from common.errors import UserError, run_program
 

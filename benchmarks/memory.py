@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, HfArgumentParser
 
 from benchmarks.models import RESOLUTIONS, TEXT_ENCODERS, UNETS, VAES, make_unet
 from benchmarks.timing import check_positive
-from training.options import parse_words
+from common.train_options import parse_words
 from models.stable_diffusion import VAE_BATCH
 from common.errors import UserError, run_program
 from models.policy import LORA_TARGETS

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from shapes.pipeline import clip_tokenizer
-from training.options import TrainArguments
+from common.train_options import TrainArguments
 from models.policy import Models
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"

@@ -16,7 +16,7 @@ from benchmarks.models import RESOLUTIONS
 from benchmarks.timing import Parts, check_positive, matrix_rate
 from benchmarks.train_step import unet_forward_flops
 from losses import LossConfig, preference_loss
-from training.options import parse_words
+from common.train_options import parse_words
 from common.errors import UserError, run_program
 
 

@@ -41,7 +41,7 @@ from transformers.optimization import Adafactor
 from benchmarks.models import RESOLUTIONS, UNETS, frozen, make_encoders, make_unet
 from benchmarks.timing import Parts, check_output, check_positive, matrix_rate
 from losses import preference_loss
-from training.options import TrainArguments, names_given, parse_arguments, parse_words
+from common.train_options import TrainArguments, names_given, parse_arguments, parse_words
 from data.cache import CacheArguments, encode_table
 from data.cached import CachedDataset
 from models.compile import check_compiler

@@ -1,10 +1,12 @@
-"""Faults of the input are told in one line; a traceback is kept for our own bugs."""
+"""Input errors are reported in one line; a traceback is kept for our own bugs."""
 
 import errno
 import json
 import os
+import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Callable, NoReturn
 
 
@@ -27,10 +29,26 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def quiet_libraries() -> None:
+    """No progress bars but our own. Takes effect where the libraries are imported later, too."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def warn(message: str) -> None:
     """One line on stderr, from one process of the node."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def write_fault(error: Exception, folder: Path) -> str:
+    """Why a file could not be written, in one line: torch names a full disk only as a failed write."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    if shutil.disk_usage(existing).free < 2**20 or "No space left" in str(error):
+        return "No space left on device"
+    return first_line(error)[:200]
 
 
 def run_program(main: Callable[[], int | None]) -> None:

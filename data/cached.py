@@ -1,6 +1,5 @@
 """Reading a cache that data.cache made, and refusing one that this run would not have made itself."""
 
-import hashlib
 import json
 import os
 import zlib
@@ -12,61 +11,35 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from training.options import TrainArguments
+from common.files import digest
+from common.train_options import DataOptions
 from data.bad_pairs import BadPair
-from training.checkpoints import digest
 from common.errors import UserError, first_line
-from models.policy import Models, load_frozen_encoders
+from models.family import Family
+from models.identity import encoder_identities
 
 SETTINGS, MANIFEST, PROMPTS, ROWS = "settings.json", "manifest.json", "prompts.json", "rows"
-FORMAT = 2
-PROBED = 1000  # prompts whose token ids stand for a tokenizer
-# What a config decides besides the shapes of the weights.
-TEXT_CONFIG = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
-VAE_CONFIG = ("act_fn", "norm_num_groups", "scaling_factor", "shift_factor", "down_block_types", "mid_block_add_attention")
+FORMAT = 3
 
 
 # --- what a cache is made of ---------------------------------------------------------------------------------------
 
-def model_digest(module: torch.nn.Module, config_names: tuple[str, ...]) -> str:
-    """SHA-256 of a model's weights and of what its config decides, wherever it was loaded from; the weights' names are
-    left out, they change with the library."""
-    sha = hashlib.sha256(repr([getattr(module.config, name, None) for name in config_names]).encode())
-    for tensor in module.state_dict().values():
-        sha.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def is_local(args: TrainArguments) -> bool:
-    return args.data_source is not None and os.path.exists(args.data_source)
-
-
-def source_name(args: TrainArguments) -> str | None:
-    """The data's name: a hub id, or an absolute path where it is a local one."""
-    return os.path.abspath(args.data_source) if args.train_data_dir or is_local(args) else args.data_source
-
-
-def tokens_digest(tokenizer, prompts: list[str]) -> str:
-    """SHA-256 of the token ids of some prompts."""
-    ids = tokenizer(prompts[:PROBED], padding="max_length", max_length=tokenizer.model_max_length, truncation=True).input_ids
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-
-
-def cache_settings(args: TrainArguments, models: Models, image_columns: list[str], prompts: list[str]) -> dict:
-    """Everything that a cached number depends on, but for the rows. prompts: the cache's."""
+def cache_settings(data: DataOptions, family: Family, mixed_precision: str, image_columns: list[str]) -> dict:
+    """Everything that a cached number depends on, but for the rows."""
     return {
         "format": FORMAT,
-        "data": source_name(args), "dataset_config_name": args.dataset_config_name, "split": args.split,
-        "caption_column": args.caption_column,
+        "data": source_name(data), "dataset_config_name": data.dataset_config_name, "split": data.split,
+        "caption_column": data.caption_column,
         "image_columns": image_columns,
-        "model": args.pretrained_model_name_or_path, "vae": model_digest(models.vae, VAE_CONFIG),
-        "text_encoders": [model_digest(encoder, TEXT_CONFIG) for encoder in models.text_encoders],
-        "tokenizers": [tokens_digest(tokenizer, prompts) for tokenizer in models.tokenizers],
-        "sdxl": args.sdxl, "mixed_precision": args.mixed_precision, "resolution": args.resolution,
-        "transform": "short side bilinear, centre crop, [-1, 1]", "flips": not args.no_hflip,
-        "latent_channels": models.vae.config.latent_channels, "scaling_factor": models.vae.config.scaling_factor,
+        "model": family.options.pretrained_model_name_or_path, "family": family.name, "encoders": encoder_identities(family),
+        "mixed_precision": mixed_precision, "resolution": data.resolution,
+        "transform": "short side bilinear, centre crop, [-1, 1]", "flips": not data.no_hflip,
     }
+
+
+def source_name(data: DataOptions) -> str | None:
+    """The data's name: a hub id, or an absolute path where it is a local one."""
+    return os.path.abspath(data.source) if data.train_data_dir or data.is_local else data.source
 
 
 def check_settings(folder: Path, cached: dict, run: dict, rows_are_known: bool) -> None:
@@ -100,9 +73,10 @@ def check_sum(entry: Tensor) -> int:
 
 
 def _short(value) -> str:
-    values = value if isinstance(value, list) else [value]
-    words = [v[:12] if isinstance(v, str) and len(v) == 64 else str(v) for v in values]
-    return " ".join(words)
+    """A setting in a message; of a digest, enough to tell it from another."""
+    if isinstance(value, dict):
+        return " ".join(f"{name} {str(each)[:19]}" for name, each in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def read_json(path: Path, missing: str) -> dict | list:
@@ -191,7 +165,7 @@ class CachedDataset:
                             for image, flip in zip(images, flipped)])
 
     def prompt(self, prompt: str) -> dict[str, Tensor]:
-        """{"embeddings": (77, D)} and, for SDXL, {"pooled": (P,)}."""
+        """The text of one prompt, as the family encodes it, without its first dimension."""
         shard, number = divmod(self.prompt_numbers[prompt], self.prompts_per_shard)
         path = self.folder / f"prompts-{shard:05}.safetensors"
         file = _open_shard(str(path), os.getpid())
@@ -205,11 +179,8 @@ def _checked(entry: Tensor, known: Tensor, path: Path) -> Tensor:
     return entry
 
 
-def check_cache(cache: CachedDataset, models: Models, args: TrainArguments, image_columns: list[str],
-                dtype: torch.dtype) -> None:
-    """Compare what this run would encode, and by which encoders, with the cache; the encoders are on the host and for
-    this moment only. Raises UserError."""
-    load_frozen_encoders(models, args, dtype, torch.device("cpu"))
-    run = cache_settings(args, models, image_columns, list(cache.prompt_numbers))
-    check_settings(cache.folder, cache.settings, run, rows_are_known=is_local(args))
-    models.vae, models.text_encoders = None, []
+def check_cache(cache: CachedDataset, data: DataOptions, family: Family, mixed_precision: str,
+                image_columns: list[str]) -> None:
+    """Compare what this run would encode, and by which encoders, with the cache. Raises UserError."""
+    run = cache_settings(data, family, mixed_precision, image_columns)
+    check_settings(cache.folder, cache.settings, run, rows_are_known=data.is_local)

@@ -19,7 +19,7 @@ import datasets
 import torch
 from tqdm import tqdm
 
-from training.options import TrainArguments
+from common.train_options import TrainArguments
 from data.bad_pairs import BadPair, read_caption, read_row
 from training.checkpoints import write_whole
 from data.pairs import PairDataset, PairTable, choose_pairs, load_table

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 
+def derived_seed(*key: int) -> int:
+    """A seed for a key of non-negative integers; different keys give independent streams."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
 def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator for a key of non-negative integers; different keys give independent streams."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    """A CPU generator for a key of non-negative integers."""
+    return torch.Generator().manual_seed(derived_seed(*key))
 
 
 @dataclass
@@ -56,24 +61,23 @@ def epoch_order(num_pairs: int, seed: int, epoch: int, shuffle: bool) -> np.ndar
 class PairStream(torch.utils.data.Sampler):
     """Batches of (position, index) for one process, from a stream that runs through epoch after epoch.
 
-    At micro-step m process r takes positions origin + m * world * batch + r * batch ... + batch - 1. No pair is dropped at an
-    epoch's end: a batch may hold the last of one epoch and the first of the next.
+    At micro-step m process r takes positions first_position + m * world * batch + r * batch ... + batch - 1. No pair is
+    dropped at an epoch's end: a batch may hold the last of one epoch and the first of the next.
     """
 
     def __init__(self, num_pairs: int, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool,
-                 first_micro_step: int, last_micro_step: int):
+                 first_position: int, micro_steps: int):
         self.num_pairs, self.batch_size, self.seed, self.shuffle = num_pairs, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
-        self.micro_steps = range(first_micro_step, last_micro_step)
-        self.origin = 0  # not 0 where a run was resumed with another batch
+        self.first_position, self.micro_steps = first_position, micro_steps
 
     def __len__(self) -> int:
-        return len(self.micro_steps)
+        return self.micro_steps
 
     def __iter__(self):
         epoch, order = -1, None
-        for micro_step in self.micro_steps:
-            first = self.origin + (micro_step * self.world_size + self.rank) * self.batch_size
+        for micro_step in range(self.micro_steps):
+            first = self.first_position + (micro_step * self.world_size + self.rank) * self.batch_size
             batch = []
             for position in range(first, first + self.batch_size):
                 if position // self.num_pairs != epoch:

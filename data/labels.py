@@ -9,16 +9,16 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from training.options import TrainArguments
+from common.train_options import DataOptions
 from data.bad_pairs import BadPair, decode_images, read_caption, read_row
-from data.pairs import content_digest
+from data.table import content_digest
 from common.errors import UserError
 
 ROWS_A_FILE = 1024
 BATCH = 32
 
 
-def ai_feedback_labels(table: datasets.Dataset, args: TrainArguments, accelerator: Accelerator) -> np.ndarray:
+def ai_feedback_labels(table: datasets.Dataset, data: DataOptions, output_dir: Path, accelerator: Accelerator) -> np.ndarray:
     """label_0 of every row by the scorer's comparison of its two images: 1, 0, 0.5 for a tie, None where a row cannot
     be used. (rows,) object.
 
@@ -27,22 +27,22 @@ def ai_feedback_labels(table: datasets.Dataset, args: TrainArguments, accelerato
     """
     from eval.metrics import load_metric, metric_version
 
-    missing = [name for name in (args.caption_column, "jpg_0", "jpg_1") if name not in table.column_names]
+    missing = [name for name in (data.caption_column, "jpg_0", "jpg_1") if name not in table.column_names]
     if missing:
-        raise UserError(f"{args.data_source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
-    version = metric_version(args.choice_model, args.metrics_config)
-    key = hashlib.sha256(f"{version}|{args.caption_column}|{content_digest(table, args)}".encode()).hexdigest()[:16]
-    folder = Path(args.output_dir) / "ai_feedback" / f"{args.choice_model}-{key}"
+        raise UserError(f"{data.source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    version = metric_version(data.choice_model, data.metrics_config)
+    key = hashlib.sha256(f"{version}|{data.caption_column}|{content_digest(table, data)}".encode()).hexdigest()[:16]
+    folder = output_dir / "ai_feedback" / f"{data.choice_model}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
 
     starts = range(0, len(table), ROWS_A_FILE)
     own = [start for start in starts[accelerator.process_index::accelerator.num_processes]
            if not score_file(folder, start).is_file()]
     if own:
-        scorer = load_metric(args.choice_model, device=str(accelerator.device), config=args.metrics_config)
-        for start in tqdm(own, desc=f"{args.choice_model} labels", unit_scale=ROWS_A_FILE, unit="pair",
+        scorer = load_metric(data.choice_model, device=str(accelerator.device), config=data.metrics_config)
+        for start in tqdm(own, desc=f"{data.choice_model} labels", unit_scale=ROWS_A_FILE, unit="pair",
                           disable=not accelerator.is_local_main_process, dynamic_ncols=True):
-            scores = score_rows(table, range(start, min(start + ROWS_A_FILE, len(table))), args.caption_column, scorer)
+            scores = score_rows(table, range(start, min(start + ROWS_A_FILE, len(table))), data.caption_column, scorer)
             aside = folder / f".{start}.partial.npy"
             np.save(aside, scores)
             aside.rename(score_file(folder, start))

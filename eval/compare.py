@@ -21,7 +21,7 @@ from eval.metrics import metric_class
 from eval.report import write_report
 from eval.score import ScoredImage, ScoringOptions, report_failures, score_manifests, table
 from eval.statistics import RESAMPLES, holm, sign_test, win_rate_interval
-from training.options import parse_words
+from common.train_options import parse_words
 from common.errors import UserError, run_program
 
 EXTREMES = 10  # biggest wins and losses told for each metric

@@ -28,7 +28,7 @@ from common.files import fingerprint, make_folder, make_room, read_json, write_j
 from eval.manifest import read_manifest
 from eval.sampling import Sampler, SamplingSettings, base_unet_config, is_sdxl, load_pipeline
 from prompts import group_path, read_group
-from training.options import parse_words
+from common.train_options import parse_words
 from models.compile import check_compiler, compile_blocks
 from common.errors import UserError, run_program
 from common.locks import LOCK_FILE, hold, release

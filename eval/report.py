@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from common.files import write_bytes
 from eval.metrics import metric_class
-from training.options import parse_words
+from common.train_options import parse_words
 from common.errors import UserError, run_program
 from data.images import FORMATS
 

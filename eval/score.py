@@ -29,7 +29,7 @@ from eval.manifest import image_path, read_manifest
 from eval.metrics import (METRICS, PUBLISHED, canonical_name, load_metric, metric_class, metric_settings,
                           metric_version, read_config)
 from eval.metrics.base import Metric, to_pixels
-from training.options import parse_words
+from common.train_options import parse_words
 from common.errors import UserError, first_line, run_program
 from data.images import FORMATS
 

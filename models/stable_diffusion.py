@@ -1,130 +1,214 @@
-"""The forward diffusion side of a training step: latents, prompt embeddings, noising, targets and the two predictions."""
+"""Stable Diffusion 1.5 and SDXL, with SDXL's refiner and the turbo variants of both.
 
-from dataclasses import dataclass
+A UNet predicts the noise (or v) of latents at integer timesteps of a DDPM schedule; SD1.5 reads one CLIP text encoder's
+last hidden state, SDXL two encoders' hidden_states[-2], a pooled embedding and the image's size.
+"""
 
+from pathlib import Path
+
+import diffusers
 import torch
+from diffusers import (AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline,
+                       StableDiffusionXLPipeline, UNet2DConditionModel)
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch import Tensor
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training.options import TrainArguments
-from data.images import scale_pixels
-from models.policy import (REFINER_AESTHETIC_SCORE, REFINER_TIMESTEPS, TURBO_TIMESTEPS, Models, adapters_off,
-                             is_refiner, is_turbo, on_device)
+from common.errors import UserError, warn
+from models.family import Text
+from common.train_options import ModelOptions
+from models.weights import from_hub
 
-
-VAE_BATCH = 8  # images encoded at a time: more are no faster, and at 1024 px their activations take gigabytes
-
-
-@dataclass
-class NoisyBatch:
-    """What both UNets see, and what they should predict; N = 2B samples, winners first (sft: N = B).
-
-    latents, target: (N, C, h, w) float32; timesteps: (N,) int64; conditioning: the UNet's further keyword arguments.
-    """
-
-    latents: Tensor
-    timesteps: Tensor
-    target: Tensor
-    conditioning: dict
+TURBO_TIMESTEPS = (249, 499, 749, 999)
+REFINER_TIMESTEPS = 200
+REFINER_AESTHETIC_SCORE = 6.0
+ENCODED_AT_ONCE = 8  # images: more are no faster, and at 1024 px their activations take gigabytes
+MAX_CAPTION_CHARACTERS = 20_000  # 77 tokens never reach so far, and tokenizing a whole book takes seconds
 
 
-def winners_first(per_pair: Tensor) -> Tensor:
-    """(B, k, ...) -> (k * B, ...), all winners before all losers."""
-    return per_pair.transpose(0, 1).flatten(0, 1)
+class StableDiffusion15:
+    name, label, license = "sd15", "SD1.5", "creativeml-openrail-m"
+    backbone, network, pipeline = "unet", UNet2DConditionModel, StableDiffusionPipeline
+    resolution, always_checkpoints = 512, False
+    pipeline_parts = {"safety_checker": None, "feature_extractor": None}
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    compiled_blocks = (BasicTransformerBlock, ResnetBlock2D)
+    encoder_classes = {"text_encoder": CLIPTextModel}
+
+    def __init__(self, options: ModelOptions, index: dict):
+        """Read scheduler, tokenizers and the VAE's config: the small files, so that a wrong model is refused before
+        gigabytes are read. index: the base's model_index.json. Raises UserError."""
+        self.options, self.index = options, index
+        self.text_encoders, self.vae = [], None
+        base = options.pretrained_model_name_or_path
+        self.turbo = "turbo" in Path(base).name.lower()  # by the model's own name, as published; not by its folders
+        self.scheduler = from_hub(DDPMScheduler, base, "the scheduler", subfolder="scheduler", **self._hub)
+        if self.turbo:
+            self.scheduler = DDPMScheduler.from_config(self.scheduler.config, rescale_betas_zero_snr=True)
+        if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"{base} predicts '{self.scheduler.config.prediction_type}': only epsilon and v_prediction are known")
+        self.tokenizers = [from_hub(CLIPTokenizer, base, "the tokenizer", subfolder=name.replace("text_encoder", "tokenizer"),
+                                    **self._hub) for name in self.encoder_classes]
+        self.vae_config = from_hub(AutoencoderKL, self._vae_source[0], "the VAE's config", method="load_config",
+                                   **self._vae_source[1])
+        self.scaling_factor = self.vae_config.get("scaling_factor", 0.18215)
+
+    @property
+    def _hub(self) -> dict:
+        return {"revision": self.options.revision, "cache_dir": self.options.cache_dir}
+
+    @property
+    def _vae_source(self) -> tuple[str, dict]:
+        other = self.options.pretrained_vae_model_name_or_path
+        if other is None:
+            return self.options.pretrained_model_name_or_path, self._hub | {"subfolder": "vae"}
+        return other, {"cache_dir": self.options.cache_dir} | ({"subfolder": "vae"} if Path(other, "vae").is_dir() else {})
+
+    # --- encoders --------------------------------------------------------------------------------------------------------
+
+    def load_encoders(self, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None = None) -> None:
+        """VAE (in vae_dtype, where that differs) and text encoders, frozen. Raises UserError."""
+        base = self.options.pretrained_model_name_or_path
+        self.text_encoders = [from_hub(cls, base, "a text encoder", subfolder=name, torch_dtype=dtype, **self._hub)
+                              .requires_grad_(False).eval().to(device) for name, cls in self.encoder_classes.items()]
+        vae_dtype = vae_dtype or dtype
+        if vae_dtype == torch.float16 and self.name == "sdxl" and self.vae_config.get("force_upcast", True):
+            warn("this VAE overflows in fp16 and is kept in float32; --pretrained_vae_model_name_or_path "
+                 "madebyollin/sdxl-vae-fp16-fix runs in fp16")
+            vae_dtype = torch.float32
+        self.vae = self.read_vae(vae_dtype).requires_grad_(False).eval().to(device)
+
+    def read_vae(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+        source, where = self._vae_source
+        return from_hub(AutoencoderKL, source, "the VAE", torch_dtype=dtype, **where)
+
+    def encoder_sources(self) -> dict[str, tuple[str, str | None, str | None, str | None]]:
+        base, (vae, where) = self.options.pretrained_model_name_or_path, self._vae_source
+        names = [*self.encoder_classes, *(name.replace("text_encoder", "tokenizer") for name in self.encoder_classes)]
+        return {"vae": (vae, where.get("subfolder"), where.get("revision"), where["cache_dir"]),
+                **{name: (base, name, self.options.revision, self.options.cache_dir) for name in names}}
+
+    def drop_encoders(self) -> None:
+        self.text_encoders, self.vae = [], None
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        factor = 2 ** (len(self.vae_config.get("block_out_channels", (64,))) - 1)
+        if height % factor or width % factor:
+            raise UserError(f"{height}x{width} is no size for {self.label}: both must be multiples of {factor}")
+        return self.vae_config.get("latent_channels", 4), height // factor, width // factor
+
+    # --- text ------------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, captions: list[str]) -> Text:
+        """input_ids.N (B, 77) for each tokenizer, padded and truncated."""
+        return {f"input_ids.{number}": tokenize(tokenizer, captions) for number, tokenizer in enumerate(self.tokenizers)}
+
+    @torch.no_grad()
+    def encode_text(self, tokens: Text) -> Text:
+        """embeddings (B, 77, D): the last hidden state."""
+        return {"embeddings": self.text_encoders[0](tokens["input_ids.0"])[0]}
+
+    @property
+    def empty_is_zeros(self) -> bool:
+        """Whether the base's own pipeline takes zeros for the empty prompt instead of encoding it."""
+        return False
+
+    # --- images ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Contiguous, as a cache gives them: from channels-last latents the UNets would pick kernels that round otherwise."""
+        parts = pixels.to(self.vae.dtype).split(ENCODED_AT_ONCE)
+        return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts]).contiguous()
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        distribution = DiagonalGaussianDistribution(moments)
+        return (distribution.mean.float() + distribution.std.float() * noise) * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        parts = (latents.float() / self.scaling_factor).to(self.vae.dtype).split(ENCODED_AT_ONCE)
+        return torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in parts])
+
+    # --- the network -----------------------------------------------------------------------------------------------------
+
+    def check_network(self, network: nn.Module, source: str) -> None:
+        if (network.config.addition_embed_type == "text_time") != (self.name == "sdxl"):
+            raise UserError(f"the UNet of {source} is not one of {self.label}, which the base's model_index.json names")
+        if network.config.get("dropout"):
+            raise UserError(f"{source} has dropout {network.config.dropout}: policy and reference would differ by chance; "
+                            "set it to 0 in unet/config.json")
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """U{0..T-1}; turbo models have four timesteps."""
+        if self.turbo:
+            steps = torch.tensor(TURBO_TIMESTEPS).to(uniform.device, non_blocking=True)
+            return steps[(uniform * len(TURBO_TIMESTEPS)).long()]
+        return (uniform * self.scheduler.config.num_train_timesteps).long()
+
+    def noise(self, latents: Tensor, noise: Tensor, times: Tensor, input_noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x_t = self.scheduler.add_noise(latents, noise if input_noise is None else input_noise, times)
+        velocity = self.scheduler.config.prediction_type == "v_prediction"
+        return x_t, self.scheduler.get_velocity(latents, noise, times) if velocity else noise
+
+    def predict(self, network: nn.Module, x_t: Tensor, times: Tensor, text: Text, size: tuple[int, int]) -> Tensor:
+        return network(x_t, times, return_dict=False, **self.network_arguments(text, size))[0]
+
+    def network_arguments(self, text: Text, size: tuple[int, int]) -> dict:
+        return {"encoder_hidden_states": text["embeddings"]}
+
+    def sampler(self, kind: str, steps: int, device: torch.device):
+        """"euler", from the base's schedule, or "default" for the pipeline's own."""
+        own = getattr(diffusers, self.index["scheduler"][1])
+        scheduler = from_hub(own, self.options.pretrained_model_name_or_path, "the scheduler", subfolder="scheduler", **self._hub)
+        if kind == "euler":
+            scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler
 
 
-@torch.no_grad()
-def encode_moments(vae, pixel_values: Tensor) -> Tensor:
-    """The VAE's mean and log-variance as one (N, 2C, h, w) in its dtype, of images (N, 3, H, W) in [-1, 1].
+class StableDiffusionXL(StableDiffusion15):
+    name, label, license = "sdxl", "SDXL", "openrail++"
+    pipeline, resolution, always_checkpoints = StableDiffusionXLPipeline, 1024, True
+    pipeline_parts = {"add_watermarker": False}
 
-    Contiguous, as a cache gives them: from channels-last latents the UNets would pick kernels that round otherwise.
-    """
-    parts = pixel_values.to(vae.dtype).split(VAE_BATCH)
-    return torch.cat([vae.encode(part).latent_dist.parameters for part in parts]).contiguous()
+    def __init__(self, options: ModelOptions, index: dict):
+        self.refiner = "refiner" in Path(options.pretrained_model_name_or_path).name.lower()
+        second = {"text_encoder_2": CLIPTextModelWithProjection}
+        self.encoder_classes = second if self.refiner else {"text_encoder": CLIPTextModel} | second
+        super().__init__(options, index)
+        if self.turbo:
+            self.license = "other"  # Stability's non-commercial one
 
+    @torch.no_grad()
+    def encode_text(self, tokens: Text) -> Text:
+        """embeddings (B, 77, D): both encoders' hidden_states[-2], concatenated; pooled (B, P): the second's."""
+        outputs = [encoder(tokens[f"input_ids.{number}"], output_hidden_states=True)
+                   for number, encoder in enumerate(self.text_encoders)]
+        return {"embeddings": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
+                "pooled": outputs[-1].text_embeds}
 
-def encode_images(vae, pixel_values: Tensor, vae_noise: Tensor) -> Tensor:
-    """Scaled latents (N, C, h, w) float32 of images (N, 3, H, W) in [-1, 1], sampled with the given normal noise."""
-    return latents_of_moments(encode_moments(vae, pixel_values), vae_noise, vae.config.scaling_factor)
+    @property
+    def empty_is_zeros(self) -> bool:
+        return self.index.get("force_zeros_for_empty_prompt", True)
 
+    def times(self, uniform: Tensor) -> Tensor:
+        """The refiner is trained on the lowest 200 timesteps."""
+        times = super().times(uniform)
+        return times % REFINER_TIMESTEPS if self.refiner and not self.turbo else times
 
-def latents_of_moments(moments: Tensor, vae_noise: Tensor, scaling_factor: float) -> Tensor:
-    distribution = DiagonalGaussianDistribution(moments)
-    return sample_latents(distribution.mean, distribution.std, vae_noise, scaling_factor)
-
-
-def sample_latents(mean: Tensor, std: Tensor, vae_noise: Tensor, scaling_factor: float) -> Tensor:
-    return (mean.float() + std.float() * vae_noise) * scaling_factor
-
-
-@torch.no_grad()
-def encode_prompts(text_encoders: list, input_ids: list[Tensor], sdxl: bool) -> tuple[Tensor, Tensor | None]:
-    """Token ids (B, 77) for each encoder -> embeddings (B, 77, D) and, for SDXL, the pooled one (B, P).
-
-    SD1.5 takes the last hidden state; SDXL concatenates both encoders' hidden_states[-2] and pools with the second.
-    """
-    if not sdxl:
-        return text_encoders[0](input_ids[0])[0], None
-    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(text_encoders, input_ids)]
-    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
-
-
-def size_ids(args: TrainArguments, count: int, device: torch.device) -> Tensor:
-    """SDXL's size conditioning: original size, crop corner, target size (refiner: an aesthetic score). (count, 6 or 5)"""
-    last = [REFINER_AESTHETIC_SCORE] if is_refiner(args) else [args.resolution, args.resolution]
-    ids = torch.tensor([args.resolution, args.resolution, 0, 0, *last], dtype=torch.float32)
-    return ids.to(device, non_blocking=True).expand(count, -1)
+    def network_arguments(self, text: Text, size: tuple[int, int]) -> dict:
+        """Size conditioning: original size, crop corner, target size (refiner: an aesthetic score)."""
+        last = [REFINER_AESTHETIC_SCORE] if self.refiner else list(size)
+        time_ids = torch.tensor([*size, 0, 0, *last], dtype=torch.float32).to(text["pooled"].device, non_blocking=True)
+        return {"encoder_hidden_states": text["embeddings"],
+                "added_cond_kwargs": {"text_embeds": text["pooled"], "time_ids": time_ids.expand(len(text["pooled"]), -1)}}
 
 
-def choose_timesteps(uniform: Tensor, args: TrainArguments, num_train_timesteps: int) -> Tensor:
-    """Uniforms in [0, 1) -> timesteps ~ U{0..T-1}; turbo models have four, the refiner the lowest 200."""
-    if is_turbo(args):
-        steps = torch.tensor(TURBO_TIMESTEPS).to(uniform.device, non_blocking=True)
-        return steps[(uniform * len(TURBO_TIMESTEPS)).long()]
-    timesteps = (uniform * num_train_timesteps).long()
-    return timesteps % REFINER_TIMESTEPS if is_refiner(args) else timesteps
-
-
-@torch.no_grad()
-def noisy_batch(batch: dict[str, Tensor], models: Models, args: TrainArguments) -> NoisyBatch:
-    """From a micro-batch of B pairs on the device to the UNets' inputs. One timestep and one noise a pair."""
-    members = batch["vae_noise"].shape[1]  # winner and loser; the winner alone for sft
-    if "moments" in batch:  # from a cache
-        moments = winners_first(batch["moments"])
-        embeddings, pooled = batch["embeddings"], batch.get("pooled")
-    else:
-        moments = encode_moments(models.vae, scale_pixels(winners_first(batch["pixel_values"])))
-        input_ids = [batch[f"input_ids.{number}"] for number in range(len(models.tokenizers))]
-        embeddings, pooled = encode_prompts(models.text_encoders, input_ids, args.sdxl)
-    latents = latents_of_moments(moments, winners_first(batch["vae_noise"]), models.scaling_factor)
-
-    scheduler = models.scheduler
-    timesteps = choose_timesteps(batch["timestep"], args, scheduler.config.num_train_timesteps).repeat(members)
-    noise = batch["noise"].repeat(members, 1, 1, 1)
-    input_noise = batch["input_noise"].repeat(members, 1, 1, 1) if "input_noise" in batch else noise
-    noisy = scheduler.add_noise(latents, input_noise, timesteps)
-    if scheduler.config.prediction_type == "v_prediction":
-        target = scheduler.get_velocity(latents, noise, timesteps)
-    else:
-        target = noise
-
-    conditioning = {"encoder_hidden_states": embeddings.repeat(members, 1, 1)}
-    if args.sdxl:
-        conditioning["added_cond_kwargs"] = {"text_embeds": pooled.repeat(members, 1),
-                                             "time_ids": size_ids(args, len(noisy), noisy.device)}
-    return NoisyBatch(noisy, timesteps, target, conditioning)
-
-
-def predict(unet, inputs: NoisyBatch) -> Tensor:
-    """(N, C, h, w), in whatever dtype the UNet answers."""
-    return unet(inputs.latents, inputs.timesteps, return_dict=False, **inputs.conditioning)[0]
-
-
-@torch.no_grad()
-def predict_reference(models: Models, policy, inputs: NoisyBatch) -> Tensor:
-    """The reference's prediction: of the frozen copy, or of `policy` (not wrapped) with its adapter off."""
-    if models.reference is not None:
-        with on_device(models.reference, inputs.latents.device) as reference:  # nothing moves where it is at home there
-            return predict(reference, inputs)
-    with adapters_off(policy):
-        return predict(policy, inputs)
+def tokenize(tokenizer, captions: list[str]) -> Tensor:
+    """(N, 77) token ids, padded and truncated."""
+    captions = [caption[:MAX_CAPTION_CHARACTERS] for caption in captions]
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                     return_tensors="pt").input_ids

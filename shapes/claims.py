@@ -41,7 +41,7 @@ from shapes.drawing import caption
 from shapes.oracle import judge
 from shapes.pipeline import NOISE_OFFSET, base_pipeline, draw_images
 from shapes.preferences import write_preferences
-from training.options import TrainArguments, parse_words
+from common.train_options import TrainArguments, parse_words
 from data.pairs import choose_pairs, load_table
 from models.stable_diffusion import NoisyBatch, predict, sample_latents, winners_first
 from data.draws import draw_pair, epoch_order

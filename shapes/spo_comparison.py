@@ -43,7 +43,7 @@ from shapes.oracle import judge
 from shapes.pairs import write_pairs
 from shapes.pipeline import GUIDANCE_SCALE, NOISE_OFFSET, base_pipeline, clip_tokenizer, draw_images, text_config
 from shapes.preferences import write_preferences
-from training.options import TrainArguments, parse_words
+from common.train_options import TrainArguments, parse_words
 from data.pairs import PairDataset, choose_pairs, load_table, make_loader
 from models.stable_diffusion import noisy_batch, predict, predict_reference
 from data.draws import epoch_order

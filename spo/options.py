@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from prompts import read_group
-from training.options import TrainArguments, default_of, option
+from common.train_options import TrainArguments, default_of, option
 from common.errors import UserError, warn
 from data.pairs import column_values, load_table
 from spo.resampler import ResamplerConfig

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from losses.spo import clipped_ratio, ddim_gaussian, gaussian_log_prob, spo_loss
 from spo.preference_model.model import StepAwarePreferenceModel, load_spm, load_spm_tokenizer
-from training.options import TrainArguments
+from common.train_options import TrainArguments
 from common.errors import UserError, warn
 from training.checkpoints import (continuing, find_checkpoint, load_checkpoint, read_progress, register_hooks, save_checkpoint,
                                   save_result, write_run_file)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from eval.manifest import image_path, read_manifest
 from prompts import read_group
-from training.options import TrainArguments, parse_arguments
+from common.train_options import TrainArguments, parse_arguments
 from training.checkpoints import MANIFEST, PROGRESS, choose_checkpoint, fault, read_progress, write_manifest
 from common.errors import UserError
 from training.guards import EventLog

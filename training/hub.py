@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from training.options import TrainArguments
+from common.train_options import TrainOptions
 from common.errors import UserError, first_line
 
 CARD = """---
@@ -27,28 +27,31 @@ SHOWN = ("beta_dpo", "winner_preserving_mu", "dmpo_alpha", "learning_rate", "sca
          "mixed_precision")
 
 
-def model_card(args: TrainArguments, name: str) -> str:
-    rows = "\n".join(f"| {setting} | {getattr(args, setting)} |" for setting in SHOWN)
-    safeguard = (f" and the winner-preserving safeguard (mu {args.winner_preserving_mu})"
-                 if args.use_winner_preserving else "")
-    return CARD.format(base=args.pretrained_model_name_or_path, method=args.train_method, name=name, settings=rows,
-                       data=f" on the preference pairs of `{args.data_source}`" if args.data_source else "",
-                       safeguard=safeguard,
-                       license="openrail++" if args.sdxl else "creativeml-openrail-m")
+def model_card(options: TrainOptions, name: str, license: str) -> str:
+    values, objective = options.flat(), options.objective
+    rows = "\n".join(f"| {setting} | {values[setting]} |" for setting in SHOWN)
+    safeguard = (f" and the winner-preserving safeguard (mu {objective.winner_preserving_mu:g})"
+                 if objective.use_winner_preserving else "")
+    return CARD.format(base=options.model.pretrained_model_name_or_path, method=objective.train_method, name=name,
+                       settings=rows, safeguard=safeguard, license=license,
+                       data=f" on the preference pairs of `{options.data.source}`" if options.data.source else "")
 
 
-def push(args: TrainArguments) -> str:
-    """Upload output_dir without its checkpoints; returns the address. Raises UserError; nothing local is lost."""
+def push(options: TrainOptions, license: str) -> str:
+    """Upload output_dir without its checkpoints; returns the address. Raises UserError; nothing local is lost.
+
+    license: the base's, which the trained weights inherit.
+    """
     from huggingface_hub import HfApi
 
-    folder = Path(args.output_dir)
-    name = args.hub_model_id or folder.resolve().name
-    (folder / "README.md").write_text(model_card(args, name.split("/")[-1]), encoding="utf-8")
+    folder = Path(options.run.output_dir)
+    name = options.run.hub_model_id or folder.resolve().name
+    (folder / "README.md").write_text(model_card(options, name.split("/")[-1], license), encoding="utf-8")
     try:
         api = HfApi()
         repository = api.create_repo(name, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"{args.train_method} training",
-                          ignore_patterns=["checkpoint-*", ".*", f"{args.logging_dir}/*"])
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"{options.objective.train_method} training",
+                          ignore_patterns=["checkpoint-*", ".*", f"{options.run.logging_dir}/*"])
     except Exception as error:  # the network's and the hub's failures are of many kinds
         raise UserError(f"the run is complete in {folder}, but could not be pushed to {name}: {first_line(error)[:200]}"
                         " (log in with `hf auth login`)") from None

@@ -1,45 +1,34 @@
-"""The optimizer and learning-rate schedule of a run."""
+"""The optimizer and learning-rate schedule of a run, and its step."""
 
 import importlib
+import math
 
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import SchedulerType, get_scheduler
+from torch.distributed.tensor import DTensor
 from transformers.optimization import Adafactor
 
-from training.options import TrainArguments
+from common.train_options import OptimizerOptions
 from common.errors import UserError
 
 
-def effective_learning_rate(args: TrainArguments, num_processes: int) -> float:
+def effective_learning_rate(options: OptimizerOptions, num_processes: int) -> float:
     """The peak rate: with --scale_lr multiplied by devices * batch * accumulation, the pairs of an optimizer step."""
-    if not args.scale_lr:
-        return args.learning_rate
-    return args.learning_rate * num_processes * args.train_batch_size * args.gradient_accumulation_steps
+    if not options.scale_lr:
+        return options.learning_rate
+    return options.learning_rate * num_processes * options.train_batch_size * options.gradient_accumulation_steps
 
 
-def optimizer_name(args: TrainArguments) -> str:
-    """The published rule where --optimizer is auto: Adafactor for SDXL or where it is asked for, else AdamW."""
-    if args.optimizer != "auto":
-        return args.optimizer
-    if args.use_8bit_adam:
-        return "adamw8bit"
-    return "adafactor" if args.use_adafactor or args.sdxl else "adamw"
-
-
-def clips_gradients(args: TrainArguments) -> bool:
-    """An explicit --use_adafactor turns clipping off, SDXL's own Adafactor keeps it (as the published runs did)."""
-    return not args.use_adafactor
-
-
-def make_optimizer(parameters: list, args: TrainArguments, lr: float) -> torch.optim.Optimizer:
-    name = optimizer_name(args)
+def make_optimizer(parameters: list, options: OptimizerOptions, lr: float) -> torch.optim.Optimizer:
+    name = options.optimizer
     if name == "adafactor":
-        return Adafactor(parameters, lr=lr, weight_decay=args.adam_weight_decay, clip_threshold=1.0,
+        return Adafactor(parameters, lr=lr, weight_decay=options.adam_weight_decay, clip_threshold=1.0,
                          scale_parameter=False, relative_step=False)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr)
-    settings = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
-                "weight_decay": args.adam_weight_decay}
+    settings = {"lr": lr, "betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon,
+                "weight_decay": options.adam_weight_decay}
     if name == "adamw8bit":
         return adamw_8bit()(parameters, **settings)
     # One kernel for all parameters; on the CPU it rounds differently and gains nothing.
@@ -57,13 +46,33 @@ def adamw_8bit() -> type[torch.optim.Optimizer]:
                     "or choose --optimizer adamw")
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, args: TrainArguments, max_steps: int):
+def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizerOptions, max_steps: int):
     """A schedule that steps once an optimizer step, whatever the number of processes. Raises UserError."""
     try:
-        if args.lr_scheduler == "piecewise_constant":
+        if options.lr_scheduler == "piecewise_constant":
             raise ValueError("its rules have no option here")
-        return get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
+        return get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps,
                              num_training_steps=max_steps)
     except ValueError:
-        raise UserError(f"--lr_scheduler {args.lr_scheduler} is none of "
+        raise UserError(f"--lr_scheduler {options.lr_scheduler} is none of "
                         f"{', '.join(kind.value for kind in SchedulerType if kind.value != 'piecewise_constant')}") from None
+
+
+def gradient_norm(accelerator: Accelerator, model, options: OptimizerOptions):
+    """The norm before clipping, as a tensor on the device; the gradients are clipped where the published rule says: an
+    explicit --use_adafactor turns clipping off, SDXL's own Adafactor keeps it."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if options.use_adafactor else options.max_grad_norm)
+    if norm is None:  # DeepSpeed clips by itself
+        return 0.0
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2's parameters are sharded, and so is this
+
+
+def take_step(accelerator: Accelerator, optimizer, schedule, finite: bool) -> None:
+    """One step of optimizer and schedule; without a finite loss and gradient none, and both stay as they are."""
+    if finite:
+        optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the scaler has adapted
+            schedule.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()  # it has seen these gradients, and is told that they are gone
+    optimizer.zero_grad(set_to_none=True)

@@ -43,11 +43,10 @@ def check_whole_gradients(accelerator: Accelerator) -> None:
                         f"{accelerator.distributed_type.value} shards them: train with DDP, or in the output space")
 
 
-def backward_in_parameter_space(accelerator: Accelerator, parameters: list[Tensor], model_pred: Tensor,
-                                ref_pred: Tensor, target: Tensor, config: LossConfig) -> PreferenceLoss:
-    """In place of preference_loss and accelerator.backward. lambda is each process's own, as the published one is."""
+def parameter_space_loss(accelerator: Accelerator, parameters: list[Tensor], model_pred: Tensor, ref_pred: Tensor,
+                         target: Tensor, config: LossConfig) -> tuple[Tensor, PreferenceLoss]:
+    """A scalar whose gradient is the safeguarded one, so that it takes the usual way through accumulation, scaling and
+    all-reduce; and the loss that it stands for. lambda is each process's own, as the published one is."""
     loss_scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
     gradients, result = parameter_space_gradients(model_pred, ref_pred, target, config, parameters, loss_scale)
-    # A sum whose gradient is the one found: so it takes the usual way through accumulation, scaling and all-reduce.
-    accelerator.backward(sum((parameter * gradient).sum() for parameter, gradient in zip(parameters, gradients)))
-    return result
+    return sum((parameter * gradient).sum() for parameter, gradient in zip(parameters, gradients)), result

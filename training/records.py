@@ -1,4 +1,4 @@
-"""Scalars of an optimizer step: kept on the device, averaged over micro-batches and processes in one collective."""
+"""What a run writes down: scalars of an optimizer step, metrics.jsonl, events; and how fast it is."""
 
 import json
 import os
@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from common.files import write_text
+
 
 class StepScalars:
     """Sums each micro-step's logs on the device; one reduction and one host synchronisation an optimizer step."""
@@ -18,8 +20,10 @@ class StepScalars:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
-    def add(self, logs: dict[str, Tensor]) -> None:
+    def add(self, logs: dict[str, Tensor], weight: float = 1.0) -> None:
+        """weight: of this micro-batch; a step's weights average 1."""
         for name, value in logs.items():
+            value = value if weight == 1.0 else value * weight
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += 1
 
@@ -71,6 +75,30 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             lines.append(value)
     return lines
+
+
+class EventLog:
+    """A file of JSON lines in output_dir, written by the main process, that a resumed run takes up where it resumes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def rewind(self, key: str, end: int) -> None:
+        """Forget the events whose `key` is not below `end`: they come again."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)[key] < end:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # a line that a killed process did not finish
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, events: list[dict]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(event) + "\n" for event in events)
 
 
 class Throughput:

@@ -1,88 +1,163 @@
-"""What the runs of all methods share: devices and trackers, the output folder's owner, the seed; and how they step."""
+"""A run: its devices, its folder, its seed; held by one program, continued only by the run that began it."""
 
-import math
-import os
+import itertools
+import json
 import secrets
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (AutocastKwargs, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin,
-                              InitProcessGroupKwargs, ProjectConfiguration, set_seed)
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from accelerate.utils import set_seed
 
-from training.options import TrainArguments
-from training.checkpoints import claim_output_dir
-from common.errors import UserError, first_line
-from training.optimizers import clips_gradients
+from common.errors import UserError, warn
+from common.files import write_json
+from common.locks import hold
+from common.signals import StopSignal
+from common.train_options import TrainOptions
+from models.devices import COMPUTE_DTYPES, raise_together, start_accelerator
+from training.checkpoints import PROGRESS, list_checkpoints, read_progress
 
-COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RUN_FILE = "run.json"
+# What a run leaves in output_dir, besides the pipeline around its network, which the next result replaces whole.
+RUN_OUTPUTS = ("checkpoint-*", RUN_FILE, "metrics.jsonl", "bad_data.jsonl", "nonfinite.jsonl", "unet.pth",
+               "pytorch_lora_weights.safetensors", "validation", "logs")
 
 
-def start_accelerator(args: TrainArguments, process_timeout: float = 1800.0) -> Accelerator:
-    """Devices, mixed precision and trackers, or one line that says what this machine lacks.
+@dataclass
+class Run:
+    """One training run as its tasks see it."""
 
-    process_timeout: seconds that a process waits for the others in a collective before the run ends.
+    options: TrainOptions
+    accelerator: Accelerator
+    stop: StopSignal
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return COMPUTE_DTYPES[self.options.memory.mixed_precision]
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.options.run.output_dir)
+
+    @property
+    def seed(self) -> int:
+        return self.options.run.seed
+
+    @property
+    def pairs_per_step(self) -> int:
+        optimizer = self.options.optimizer
+        return self.accelerator.num_processes * optimizer.train_batch_size * optimizer.gradient_accumulation_steps
+
+    def settings(self) -> dict:
+        """What identifies the run: every option that matters, and how many processes share the batch; as JSON gives it."""
+        settings = self.options.settings() | {"num_processes": self.accelerator.num_processes}
+        return json.loads(json.dumps(settings, default=str))
+
+
+# --- start -------------------------------------------------------------------------------------------------------------
+
+def start_run(options: TrainOptions, stop: StopSignal) -> Run:
+    """Devices, precision and trackers; the output folder claimed and the seed settled, alike on every process.
+
+    Raises UserError for what this machine lacks, and for a folder that holds another run or is in use.
     """
-    project = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir)))
-    fsdp = None
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        # Parameters stay float32 and the forward pass runs under autocast, as without sharding: so the reference is exact.
-        fsdp = FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
-    several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+    run = Run(options, start_accelerator(options), stop)
+    claim_output_dir(run)
+    if options.run.seed is None:
+        drawn = torch.tensor([secrets.randbelow(2**31)], device=run.device)
+        options.run.seed = int(run.accelerator.reduce(drawn if run.main else torch.zeros_like(drawn), reduction="sum"))
+    set_seed(options.run.seed)
+    return run
+
+
+# --- the folder --------------------------------------------------------------------------------------------------------
+
+def changed_settings(before: dict, now: dict) -> list[str]:
+    """What differs between the settings of a run and of its continuation; a setting that only one of them knows (of
+    another version) counts as unchanged."""
+    return [f"{name} was {before[name]!r}, is {now[name]!r}" for name in sorted(before.keys() & now.keys())
+            if before[name] != now[name]]
+
+
+def settings_of_run(output_dir: Path) -> dict | None:
+    """The settings that the run in output_dir was made with; None where there is none, or its record is damaged."""
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints and not (output_dir / "unet.pth").is_file():
+        return None
     try:
-        accelerator = Accelerator(
-            fsdp_plugin=fsdp,
-            cpu=several_on_cpu,  # else accelerate leaves each process on its own
-            mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to, project_config=project,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                             # A UNet uses each weight once a pass: the cache would only hold bf16 copies of all of them.
-                             AutocastKwargs(cache_enabled=False),
-                             InitProcessGroupKwargs(timeout=timedelta(seconds=process_timeout))])
-    except (ValueError, ImportError) as error:
-        raise UserError(f"accelerate cannot start with --mixed_precision {args.mixed_precision} --report_to "
-                        f"{args.report_to}: {first_line(error)}") from None
-    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("fp16 needs a GPU, and this runs on the CPU: use --mixed_precision bf16 or no")
-    if args.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise UserError("this GPU has no bf16: use --mixed_precision fp16")
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return accelerator
+        settings = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+        if isinstance(settings, dict):
+            return settings
+    except (OSError, ValueError, RecursionError):
+        pass
+    warn(f"{output_dir / RUN_FILE} is missing or damaged; it is written anew")
+    for folder in reversed(checkpoints):
+        try:
+            return read_progress(folder)["settings"]
+        except UserError:
+            continue
+    return None
 
 
-def identify_run(args: TrainArguments, accelerator: Accelerator) -> None:
-    """Claim output_dir for this run and settle its seed, the same on every device. Raises UserError."""
-    claim_output_dir(args, accelerator)
-    if args.seed is None:
-        drawn = torch.tensor([secrets.randbelow(2**31)], device=accelerator.device)
-        args.seed = int(accelerator.reduce(drawn if accelerator.is_main_process else torch.zeros_like(drawn),
-                                           reduction="sum"))
-    set_seed(args.seed)
+def claim_output_dir(run: Run) -> None:
+    """Make output_dir this run's, or refuse: another program is at work there, or it holds another run's checkpoints or
+    result. Every process must call this. Raises UserError, on all alike."""
+    output_dir, options, problem = run.output_dir, run.options.run, None
+    if run.main and output_dir.is_dir():
+        try:
+            hold(output_dir)
+        except UserError as error:
+            problem = str(error)
+    raise_together(problem)
+    before = settings_of_run(output_dir)
+    named = Path(options.resume_from_checkpoint or "")
+    if options.seed is None and (named / PROGRESS).is_file():  # another run's checkpoint
+        seed = read_progress(named)["settings"].get("seed")
+        options.seed = seed if isinstance(seed, int) else None
+    if before is None:
+        return
+    if options.seed is None and isinstance(before.get("seed"), int):
+        options.seed = before["seed"]  # drawn once, when the run began
+    changes = changed_settings(before, run.settings())
+    if changes and not options.allow_changed_resume:
+        raise UserError(f"{output_dir} holds a different run ({'; '.join(changes)}): choose another "
+                        "--output_dir, or continue it changed with --allow_changed_resume")
 
 
-def gradient_norm(accelerator: Accelerator, policy, args: TrainArguments):
-    """The norm before clipping, as a tensor on the device; the gradients are clipped where the published rule says."""
-    max_norm = args.max_grad_norm if clips_gradients(args) else math.inf
-    norm = accelerator.clip_grad_norm_(policy.parameters(), max_norm)
-    if norm is None:  # DeepSpeed clips by itself
-        return 0.0
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2's parameters are sharded, and so is this
+def write_run_file(run: Run, starts_anew: bool) -> None:
+    """Create output_dir and its run.json, and hold it against other programs; what an earlier run left there is set aside
+    where this one starts anew. Every process must call this. Raises UserError, on all alike."""
+    output_dir, problem = run.output_dir, None
+    if run.main:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            hold(output_dir)
+            if starts_anew:
+                set_aside(output_dir, [path for name in RUN_OUTPUTS for path in output_dir.glob(name)], "Starting anew")
+            write_json(output_dir / RUN_FILE, run.settings())
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"cannot write to --output_dir {output_dir}: {error.strerror}"
+    raise_together(problem)
 
 
-def take_step(accelerator: Accelerator, optimizer, lr_scheduler, finite: bool) -> None:
-    """One step of optimizer and schedule; without a finite loss and gradient none, and both stay as they are."""
-    if finite:
-        optimizer.step()
-        if not accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the scaler has adapted
-            lr_scheduler.step()
-    elif accelerator.scaler is not None:
-        accelerator.scaler.update()  # it has seen these gradients, and is told that they are gone
-    optimizer.zero_grad(set_to_none=True)
-
-
-def tracker_config(args: TrainArguments) -> dict:
-    return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in vars(args).items()}
+def set_aside(output_dir: Path, paths: list[Path], why: str) -> None:
+    """Move what a run left into output_dir/replaced-N, so that it is neither lost nor taken for the new run's."""
+    if not paths:
+        return
+    folder = next(folder for number in itertools.count(1) if not (folder := output_dir / f"replaced-{number}").exists())
+    folder.mkdir()
+    for path in paths:
+        path.rename(folder / path.name)
+    checkpoints = sum(path.name.startswith("checkpoint-") for path in paths)
+    print(f"{why}: {checkpoints} checkpoint(s) and what belongs to them are now in {folder}", flush=True)

@@ -29,7 +29,7 @@ from transformers import HfArgumentParser
 from losses.spo import clean_and_noise
 from spo.preference_model.data import LabelledPairs
 from spo.preference_model.model import EVALUATION_TIMESTEPS, StepAwarePreferenceModel, load_spm, load_spm_tokenizer
-from training.options import config_files, option, parse_words, yaml_to_argv
+from common.train_options import config_files, option, parse_words, yaml_to_argv
 from common.errors import UserError, run_program, warn
 from training.checkpoints import (continuing, find_checkpoint, load_checkpoint, policy_state, read_progress, register_hooks,
                                   save_checkpoint, save_weights, write_run_file, write_whole)

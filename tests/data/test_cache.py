@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 
 from data.cache import CacheArguments, main, make_cache
-from training.options import parse_arguments
+from common.train_options import parse_arguments
 from data.cached import CachedDataset
 from common.errors import UserError
 from training.run import start_accelerator

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.options import parse_arguments
+from common.train_options import parse_arguments
 from data.pairs import PairDataset, choose_pairs, content_digest, load_table
 from common.errors import UserError
 from data.images import to_pixels

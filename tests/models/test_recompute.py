@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.models import make_unet
-from training.options import parse_arguments
+from common.train_options import parse_arguments
 from common.errors import UserError
 from models.recompute import recompute_cheap
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from losses import LossConfig, preference_loss
-from training.options import parse_arguments
+from common.train_options import parse_arguments
 from data.pairs import PairDataset, choose_pairs, load_table, make_loader
 from models.stable_diffusion import noisy_batch, predict, predict_reference
 from models.policy import (cast_compute_weights, load_frozen_encoders, load_policy_and_reference,

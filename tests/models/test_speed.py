@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import preference_loss
 from tests.pretended_gpu import GPU, move, pretended_gpu
-from training.options import parse_arguments
+from common.train_options import parse_arguments
 from data.pairs import PairDataset, choose_pairs, load_table, make_loader
 from models.stable_diffusion import noisy_batch, predict, predict_reference
 from common.errors import UserError

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from training.options import parse_arguments
+from common.train_options import parse_arguments
 from models.stable_diffusion import choose_timesteps, encode_images, encode_prompts, noisy_batch, size_ids, winners_first
 from data.images import scale_pixels
 from models.policy import load_frozen_encoders, load_tokenizers_and_scheduler

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel
 from shapes.pipeline import clip_tokenizer, text_config
 from spo.preference_model.model import StepAwarePreferenceModel
 from tests.pretended_gpu import GPU, move, pretended_gpu
-from training.options import TrainArguments, parse_arguments
+from common.train_options import TrainArguments, parse_arguments
 from training.checkpoints import read_progress
 from data.pairs import tokenize
 from common.errors import UserError

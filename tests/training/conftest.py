@@ -19,7 +19,7 @@ def train_tiny(forge_server, tiny_sd15, pairs_dir, tmp_path_factory) -> forge.Ti
 def train_run(tmp_path_factory):
     """train_run(argv) -> the scalars of each optimizer step of a short run (20 steps unless argv says otherwise)."""
     import train
-    from training.options import parse_arguments
+    from common.train_options import parse_arguments
     from training.run import start_accelerator
     from common.signals import StopSignal
 

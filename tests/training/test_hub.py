@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-from training.options import parse_arguments
+from common.train_options import parse_arguments
 from common.errors import UserError
 from training.hub import push
 

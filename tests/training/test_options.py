@@ -1,6 +1,6 @@
 import pytest
 
-from training.options import parse_arguments
+from common.train_options import parse_arguments
 from common.errors import UserError
 
 BASE = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "pairs"]

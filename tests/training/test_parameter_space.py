@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from losses import LossConfig, preference_loss
 from tests.runs import SMALL, scalars, weights
-from training.options import parse_arguments
+from common.train_options import parse_arguments
 from common.errors import UserError
 from training.parameter_space import backward_in_parameter_space, parameter_space_gradients
 

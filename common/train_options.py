@@ -1,0 +1,298 @@
+"""train.py's options, each declared once, with the published program's names; the cache and the check of data take them too.
+
+Defaults that depend on the method or the base are None here, and settled by training/defaults.py.
+"""
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from common.errors import UserError, warn
+from common.options import declaration, default_of, option, parse, warn_of_ignored
+PAIRWISE = ("diffusion-dpo", "dspo", "dmpo")
+OFFLINE = (*PAIRWISE, "sft")
+
+
+@dataclass
+class ModelOptions:
+    title = "models"
+
+    pretrained_model_name_or_path: str = option("", "base pipeline: a diffusers folder or a hub id", default_text="required")
+    revision: str | None = option(None, "hub revision of the base pipeline")
+    pretrained_vae_model_name_or_path: str | None = option(None, "another VAE than the base pipeline's")
+    unet_init: str | None = option(None, "weights that start policy AND reference: a diffusers folder, unet.pth, ...")
+    sdxl: bool = option(False, "the base is SDXL: refuse any other (the base's model_index.json says which it is)")
+    lora_rank: int = option(0, "train LoRA of this rank on the attention layers; 0 trains the whole network", at_least=0)
+    cache_dir: str | None = option(None, "where hub downloads are kept", free=True)
+
+
+@dataclass
+class MemoryOptions:
+    title = "precision, speed and memory"
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("fp16", "compute dtype of the trained network, VAE and text encoders")
+    allow_tf32: bool = option(False, "TF32 matrix products on NVIDIA GPUs")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass (SDXL: always)", free=True)
+    selective_checkpointing: bool = option(False, "recompute what is cheap and keep the rest, instead of recomputing all",
+                                           free=True)
+    compile: bool = option(False, "torch.compile the repeated blocks: some minutes at the start, faster steps", free=True)
+    channels_last: bool = option(False, "keep convolutions in channels-last memory", free=True)
+    offload_reference: bool = option(False, "keep the reference on the host between its turns, for small GPUs", free=True)
+
+
+@dataclass
+class DataOptions:
+    title = "data"
+
+    dataset_name: str | None = option(None, "preference pairs: a hub id or a local folder or parquet file")
+    dataset_config_name: str | None = option(None, "configuration of the hub dataset")
+    train_data_dir: str | None = option(None, "local folder (parquet, or saved by datasets) of the same columns")
+    split: str = option("train", "split of the dataset; only 'train' is shuffled")
+    image_column: str = option("image", "image column of a dataset without pairs", methods=("sft",))
+    caption_column: str = option("caption", "caption column")
+    max_train_samples: int | None = option(None, "use a seeded shuffle's first N pairs (spo: prompts)", at_least=1)
+    resolution: int | None = option(None, "training size in pixels", at_least=8, default_text="the base's: 512, SDXL 1024")
+    random_crop: bool = option(False, "random instead of centre crops, drawn for each image")
+    no_hflip: bool = option(False, "no horizontal flips")
+    paired_hflip: bool = option(False, "flip winner and loser together instead of independently")
+    proportion_empty_prompts: float = option(0.2, "share of prompts replaced by the empty one", at_least=0, at_most=1)
+    choice_model: Literal["aes", "clip", "hps", "pickscore", "imagereward", "oracle"] | None = option(
+        None, "relabel the pairs by this scorer; oracle: of drawn shapes")
+    metrics_config: str | None = option(None, "model ids and paths of --choice_model (default configs/metrics.yaml)",
+                                        free=True, needs="choice_model")
+    dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models")
+    dataloader_num_workers: int = option(0, "processes that decode images, a device; one a core at most", at_least=0, free=True)
+    cached_dataset: str | None = option(None, "a folder made by data.cache with the same flags: its encoded images "
+                                        "and prompts replace VAE and text encoders", free=True)
+    noise_offset: float = option(0.0, "scale of a per-channel offset added to the noise", at_least=0)
+    input_perturbation: float = option(0.0, "scale of extra noise on the model's input, shared by the pair", at_least=0)
+    max_bad_fraction: float = option(0.01, "stop when clearly more than this share of the pairs cannot be used", at_least=0,
+                                     at_most=1, free=True)
+
+    @property
+    def source(self) -> str | None:
+        """Where the pairs come from; a local folder given beside a preset's dataset name wins."""
+        return self.train_data_dir or self.dataset_name
+
+    @property
+    def is_local(self) -> bool:
+        return self.source is not None and os.path.exists(self.source)
+
+
+@dataclass
+class ObjectiveOptions:
+    title = "objective"
+
+    train_method: Literal["diffusion-dpo", "dspo", "dmpo", "sft", "spo"] = option("diffusion-dpo", "the objective")
+    sft: bool = option(False, "the same as --train_method sft")
+    beta_dpo: float | None = option(None, "beta, strength of the implicit KL to the reference", above=0, methods=PAIRWISE,
+                                    default_text="published: 5000; dmpo 2000, SDXL 6000; dspo 0.001, SDXL 5000")
+    dmpo_alpha: float | None = option(None, "DMPO's label smoothing", at_least=0, below=1, methods=("dmpo",),
+                                      default_text="published: 0.01")
+    use_winner_preserving: bool = option(False, "the SDPO safeguard: scale the loser's gradient by lambda", methods=PAIRWISE)
+    winner_preserving_mu: float | None = option(
+        None, "the safeguard's strength; larger is more conservative", at_least=0, at_most=1, methods=PAIRWISE,
+        needs="use_winner_preserving", default_text="published: 0.9, SDXL 0.6; dspo 0.2, SDXL 0.6")
+    winner_preserving_granularity: Literal["batch", "sample"] = option(
+        "batch", "one lambda a micro-batch, or a pair", methods=PAIRWISE, needs="use_winner_preserving")
+    winner_preserving_space: Literal["output", "parameter"] = option(
+        "output", "lambda from gradients of predictions (published), or of parameters (a second backward pass)",
+        methods=PAIRWISE, needs="use_winner_preserving")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.train_method != "sft"
+
+    @property
+    def safeguards_parameters(self) -> bool:
+        return self.use_winner_preserving and self.needs_reference and self.winner_preserving_space == "parameter"
+
+
+@dataclass
+class OptimizerOptions:
+    title = "optimisation"
+
+    train_batch_size: int = option(1, "pairs a device in a micro-step", at_least=1)
+    gradient_accumulation_steps: int = option(1, "micro-steps per optimizer step", at_least=1)
+    max_train_steps: int = option(2000, "optimizer steps; 0 counts --num_train_epochs instead", at_least=0, free=True)
+    num_train_epochs: int = option(100, "passes over the data, where --max_train_steps is 0", at_least=0, free=True)
+    learning_rate: float | None = option(
+        None, "peak learning rate, before --scale_lr", above=0,
+        default_text="published: 1e-8, SDXL 1e-9, with --scale_lr; without it 2e-5, SDXL 2e-6, LoRA 1e-4")
+    scale_lr: bool = option(False, "multiply the learning rate by devices * batch * accumulation")
+    lr_scheduler: str = option("constant_with_warmup", "a schedule of diffusers.optimization")
+    lr_warmup_steps: int | None = option(None, "optimizer steps of linear warm-up", at_least=0,
+                                         default_text="published: 500, and a quarter of a shorter run")
+    optimizer: Literal["auto", "adamw", "adamw8bit", "adafactor", "sgd"] = option(
+        "auto", "auto: AdamW; Adafactor for the whole of SDXL")
+    use_adafactor: bool = option(False, "Adafactor, and no gradient clipping (as published)")
+    use_8bit_adam: bool = option(False, "AdamW with 8-bit moments (needs bitsandbytes or torchao)")
+    adam_beta1: float = option(0.9, "AdamW beta1", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW beta2", at_least=0, below=1)
+    adam_weight_decay: float = option(1e-2, "weight decay, of Adafactor too", at_least=0)
+    adam_epsilon: float = option(1e-8, "AdamW epsilon", above=0)
+    max_grad_norm: float = option(1.0, "gradient norm clip", above=0)
+
+
+@dataclass
+class RunOptions:
+    title = "the run and its output"
+
+    output_dir: str = option("sd-model-finetuned", "checkpoints, logs and the trained pipeline", free=True)
+    seed: int | None = option(None, "seed of everything random", at_least=0, default_text="drawn, and printed")
+    max_nonfinite_steps: int = option(10, "stop after this many steps in a row without a finite loss and gradient",
+                                      at_least=1, free=True)
+    watch_winner_rise: float = option(0.1, "warn when the winners' error is above the reference's by this share", above=0,
+                                      methods=PAIRWISE, free=True)
+    watch_margin: float = option(10.0, "warn when the margins' root mean square passes this many logits", above=0,
+                                 methods=PAIRWISE, free=True)
+    process_timeout: float = option(1800.0, "seconds that a process waits for the others before the run ends", above=0,
+                                    at_most=1e9, free=True)
+    checkpointing_steps: int = option(500, "optimizer steps between checkpoints; 0 keeps only the final one", at_least=0,
+                                      free=True)
+    checkpoints_total_limit: int | None = option(None, "keep this many checkpoints, the newest", at_least=1, free=True)
+    resume_from_checkpoint: str | None = option("latest", "a checkpoint folder, 'latest' or 'none'", free=True)
+    allow_changed_resume: bool = option(False, "resume although settings that matter have changed", free=True)
+    hard_skip_resume: bool = option(False, "accepted: resuming never replays the data here", free=True)
+    logging_dir: str = option("logs", "tracker files, inside output_dir", free=True)
+    report_to: str = option("tensorboard", "tracker of accelerate: tensorboard, wandb, ..., all or none", free=True)
+    tracker_project_name: str = option("tuning", "project name in the tracker", free=True)
+    validation_prompts: list[str] = option([], "prompts drawn by policy and reference from the same noise", free=True)
+    validation_steps: int = option(500, "optimizer steps between validations", at_least=1, free=True)
+    validation_guidance: float = option(7.5, "guidance scale of the validation images, in diffusers' sense", above=0,
+                                        needs="validation_prompts", free=True)
+    validation_inference_steps: int = option(30, "Euler steps of the validation images", at_least=1,
+                                             needs="validation_prompts", free=True)
+    push_to_hub: bool = option(False, "upload the trained pipeline, with a model card", free=True)
+    hub_model_id: str | None = option(None, "repository to push to (default: the name of output_dir)", needs="push_to_hub",
+                                      free=True)
+    local_rank: int = option(-1, "accepted and ignored: accelerate knows the rank", free=True)
+
+
+@dataclass
+class TrainOptions:
+    """The options of a run by group, and the names of those that were given. more: groups of a program that has others."""
+
+    model: ModelOptions
+    memory: MemoryOptions
+    data: DataOptions
+    objective: ObjectiveOptions
+    optimizer: OptimizerOptions
+    run: RunOptions
+    given: set[str] = field(default_factory=set)
+    more: list[Any] = field(default_factory=list)
+
+    def groups(self) -> list[Any]:
+        return [self.model, self.memory, self.data, self.objective, self.optimizer, self.run, *self.more]
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by name."""
+        return {f.name: getattr(group, f.name) for group in self.groups() for f in fields(group)}
+
+    def origin(self, name: str) -> str:
+        """" (default)" behind a value that was not given."""
+        return "" if name in self.given else " (default)"
+
+    def settings(self) -> dict[str, Any]:
+        """The options that identify a run: those that a resumed one may not change."""
+        return {f.name: getattr(group, f.name) for group in self.groups() for f in fields(group) if not declaration(f).free}
+
+
+GROUPS = [ModelOptions, MemoryOptions, DataOptions, ObjectiveOptions, OptimizerOptions, RunOptions]
+
+
+def parse_options(argv: list[str] | None = None, *more: type, program: str = "train.py",
+                  description: str | None = None) -> TrainOptions:
+    """Command line and --config FILE.yaml (the command line wins) -> checked options. more: further groups, which
+    options.more then holds. Raises UserError."""
+    groups, given = parse([*GROUPS, *more], argv, program=program, description=description, configurable=True)
+    options = TrainOptions(*groups[:len(GROUPS)], given, groups[len(GROUPS):])
+    check_options(options)
+    return options
+
+
+def check_options(options: TrainOptions) -> None:
+    """Refuse options that contradict each other, and warn of those that do nothing. Raises UserError."""
+    model, memory, data = options.model, options.memory, options.data
+    objective, optimizer, run, given = options.objective, options.optimizer, options.run, options.given
+    if objective.sft:
+        if "train_method" in given and objective.train_method != "sft":
+            raise UserError(f"--sft and --train_method {objective.train_method} contradict each other: drop one")
+        objective.train_method = "sft"
+    if not model.pretrained_model_name_or_path:
+        raise UserError("name the base model: --pretrained_model_name_or_path (a diffusers folder or a hub id)")
+    if not run.output_dir.strip():
+        raise UserError("--output_dir names no folder")
+    if optimizer.use_8bit_adam and (optimizer.use_adafactor or optimizer.optimizer not in ("auto", "adamw8bit")):
+        other = "use_adafactor" if optimizer.use_adafactor else f"optimizer {optimizer.optimizer}"
+        raise UserError(f"--use_8bit_adam and --{other} contradict each other: drop one")
+    if optimizer.use_adafactor and optimizer.optimizer not in ("auto", "adafactor"):
+        raise UserError(f"--use_adafactor and --optimizer {optimizer.optimizer} contradict each other: drop one")
+    if data.resolution is not None and data.resolution % 8:
+        raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}")
+    if optimizer.max_train_steps == 0 and optimizer.num_train_epochs == 0:
+        raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
+    for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("unet_init", model.unet_init),
+                         ("pretrained_vae_model_name_or_path", model.pretrained_vae_model_name_or_path),
+                         ("train_data_dir", data.train_data_dir)):
+        if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(run.output_dir):
+            raise UserError(f"--output_dir is --{name} itself, which the result would overwrite: name another folder")
+    check_data_options(data, objective)
+    if objective.safeguards_parameters:
+        if objective.winner_preserving_granularity == "sample":
+            raise UserError("--winner_preserving_space parameter has one lambda a micro-batch: a pair's own would take a "
+                            "backward pass each; drop --winner_preserving_granularity sample")
+        other = "--compile" if memory.compile else "--selective_checkpointing" if memory.selective_checkpointing else None
+        if other:
+            raise UserError(f"--winner_preserving_space parameter does not go with {other}: drop one")
+    if any("\ud800" <= character <= "\udfff" for character in "".join(run.validation_prompts)):
+        raise UserError("--validation_prompts holds bytes that are not UTF-8 text")
+    if run.seed is not None and run.seed >= 2**63:
+        raise UserError(f"--seed must lie in [0, 2^63), not {run.seed}")
+    warn_of_ignored(options.groups(), given, objective.train_method)
+    _warn_of_combinations(options)
+
+
+def check_data_options(data: DataOptions, objective: ObjectiveOptions) -> None:
+    if objective.train_method != "spo" and data.source is None and data.cached_dataset is None:
+        raise UserError("name the preference pairs: --dataset_name (hub id, folder or parquet) or --train_data_dir")
+    if data.cached_dataset and data.choice_model and data.source is None:
+        raise UserError("--choice_model looks at the images, which a cache does not hold: name them too, with "
+                        "--train_data_dir or --dataset_name")
+    if data.cached_dataset and data.random_crop:
+        raise UserError("--cached_dataset holds centre crops: drop --random_crop, or train without a cache")
+
+
+def _warn_of_combinations(options: TrainOptions) -> None:
+    """What is ignored for a reason that no declaration tells."""
+    model, data, optimizer = options.model, options.data, options.optimizer
+    values = options.flat()
+    defaults = {f.name: default_of(f) for group in options.groups() for f in fields(group)}
+
+    def ignored(name: str, reason: str) -> None:
+        if name in options.given and values[name] not in (defaults[name], 0):
+            warn(f"--{name} does nothing here: {reason}")
+
+    if model.lora_rank:
+        ignored("offload_reference", "there is no reference model: LoRA's is the policy without its adapter")
+    elif not options.objective.needs_reference:
+        ignored("offload_reference", "sft has no reference model")
+    if data.no_hflip:
+        ignored("paired_hflip", "flips are off (--no_hflip)")
+    if optimizer.max_train_steps:
+        ignored("num_train_epochs", "--max_train_steps counts (0 makes the epochs count)")
+    if optimizer.use_adafactor or optimizer.optimizer in ("adafactor", "sgd"):
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            ignored(name, "the optimizer is not AdamW")
+    if optimizer.optimizer == "sgd":
+        ignored("adam_weight_decay", "SGD has none here")
+    if optimizer.use_adafactor:
+        ignored("max_grad_norm", "--use_adafactor turns clipping off, as published")
+    ignored("hard_skip_resume", "resuming never replays the data")
+    if not options.run.validation_prompts:
+        ignored("validation_steps", "there are no --validation_prompts")
+    if optimizer.lr_scheduler == "constant":
+        ignored("lr_warmup_steps", "the constant schedule has no warm-up (constant_with_warmup has)")
+    if optimizer.lr_warmup_steps is not None and optimizer.lr_warmup_steps >= optimizer.max_train_steps > 0:
+        warn(f"--lr_warmup_steps {optimizer.lr_warmup_steps} is not below --max_train_steps {optimizer.max_train_steps}: "
+             "the learning rate never reaches its peak")

@@ -1,0 +1,75 @@
+"""Devices and precision of a program, and what its processes do together."""
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (AutocastKwargs, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin,
+                              InitProcessGroupKwargs, ProjectConfiguration, gather_object)
+from safetensors import SafetensorError
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from common.errors import UserError, first_line, write_fault
+from common.train_options import TrainOptions
+
+COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def start_accelerator(options: TrainOptions) -> Accelerator:
+    """Devices, mixed precision and trackers. Raises UserError for what this machine lacks."""
+    memory, tracker = options.memory, options.run.report_to
+    project = ProjectConfiguration(project_dir=options.run.output_dir,
+                                   logging_dir=str(Path(options.run.output_dir, options.run.logging_dir)))
+    fsdp = None
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # Parameters stay float32 and the forward pass runs under autocast, as without sharding: so the reference is exact.
+        fsdp = FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+    try:
+        accelerator = Accelerator(
+            fsdp_plugin=fsdp,
+            cpu=several_on_cpu,  # else accelerate leaves each process on its own
+            mixed_precision=memory.mixed_precision,
+            gradient_accumulation_steps=options.optimizer.gradient_accumulation_steps,
+            log_with=None if tracker == "none" else tracker, project_config=project,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                             # Each weight is used once a pass: the cache would only hold bf16 copies of all of them.
+                             AutocastKwargs(cache_enabled=False),
+                             InitProcessGroupKwargs(timeout=timedelta(seconds=options.run.process_timeout))])
+    except (ValueError, ImportError) as error:
+        raise UserError(f"accelerate cannot start with --mixed_precision {memory.mixed_precision} --report_to {tracker}: "
+                        f"{first_line(error)}") from None
+    if memory.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("fp16 needs a GPU, and this runs on the CPU: use --mixed_precision bf16 or no")
+    if memory.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError("this GPU has no bf16: use --mixed_precision fp16")
+    if memory.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise UserError on every process when one had a problem, so that none waits for it. Every process must call this."""
+    problems = [problem for problem in gather_object([problem]) if problem]
+    if problems:
+        raise UserError(problems[0])
+
+
+def agree(flag: bool) -> bool:
+    """Whether it is set on any process. Every process must call this."""
+    return any(gather_object([flag]))
+
+
+@contextmanager
+def writing(what: str, folder: Path, flag: str = "--output_dir"):
+    """Where a process cannot write, all raise UserError at the block's end. Collectives inside are for sharded runs."""
+    problem = None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = (f"cannot write {what}: {write_fault(error, folder)}. What was saved before it is intact: make room, or "
+                   f"name another {flag}, then run the same command again")
+    raise_together(problem)

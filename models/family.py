@@ -1,0 +1,143 @@
+"""What a model family must bring, and which family a base pipeline is.
+
+A family is one file of models/ with one class: everything that depends on the architecture of the trained network and on
+nothing else. Training, caching, validation, generation, SPO and its preference model know a family by this interface
+alone. To add one: write the class, add its line to FAMILIES, and give it a preset in configs/train/.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from common.errors import UserError, first_line
+from common.train_options import ModelOptions
+
+if TYPE_CHECKING:  # torch costs seconds, and a wrong path should be refused before them
+    import torch
+    from torch import Tensor, nn
+
+Text = dict[str, "Tensor"]  # rows first: embeddings (B, L, D), pooled (B, P), mask (B, L); what a cache keeps
+
+
+class Family(Protocol):
+    """One base model, opened: its small files are read, its encoders once load_encoders was called.
+
+    N samples stand for B pairs with winners first (N = 2B; for sft N = B). Latents are (N, C, h, w) float32 everywhere
+    outside of a family; packing, ids, signs and further axes stay inside.
+    """
+
+    name: str  # "sd15", "sdxl", ...; defaults are looked up by it
+    label: str  # as people call it
+    license: str  # of the base's weights, for a model card
+    backbone: str  # "unet" or "transformer": the pipeline's folder of the trained network
+    pipeline: type  # the diffusers pipeline that a result opens with
+    lora_targets: list[str]
+    compiled_blocks: tuple[type, ...]  # repeated blocks, compiled one by one
+    resolution: int  # pixels that the base was made for
+    always_checkpoints: bool  # the published runs recompute activations whatever is asked
+    empty_is_zeros: bool  # whether the base's own pipeline takes zeros for the empty prompt instead of encoding it
+    options: ModelOptions
+    vae: "nn.Module | None"
+    text_encoders: "list[nn.Module]"
+
+    def load_encoders(self, dtype: "torch.dtype", device: "torch.device") -> None:
+        """VAE and text encoders, frozen, on the device. Raises UserError."""
+
+    def encoder_sources(self) -> dict[str, tuple[str, str | None, str | None, str | None]]:
+        """(name, subfolder, revision, cache_dir) of each part that a cache's content depends on."""
+
+    def drop_encoders(self) -> None:
+        """Give their memory back."""
+
+    def check_network(self, network: "nn.Module", source: str) -> None:
+        """Raise UserError where a trained network is not one of this family."""
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of an image's latents. Raises UserError for a size that the family cannot take."""
+
+    def tokenize(self, captions: list[str]) -> Text:
+        """Token ids, on the host: done in the data workers."""
+
+    def encode_text(self, tokens: Text) -> Text:
+        """What the network reads of B prompts; the prompt's rows first."""
+
+    def encode_images(self, pixels: "Tensor") -> "Tensor":
+        """The VAE's moments (N, 2C, h, w) of images (N, 3, H, W) in [-1, 1], contiguous, in its dtype."""
+
+    def latents(self, moments: "Tensor", noise: "Tensor") -> "Tensor":
+        """Latents (N, C, h, w) float32, sampled from the moments with normal noise (N, C, h, w), scaled."""
+
+    def decode(self, latents: "Tensor") -> "Tensor":
+        """Pixels (N, 3, H, W) float32, in [-1, 1] and beyond. Not to be called under autocast."""
+
+    def times(self, uniform: "Tensor") -> "Tensor":
+        """Uniforms (B,) in [0, 1) to the family's own times (B,)."""
+
+    def noise(self, latents: "Tensor", noise: "Tensor", times: "Tensor",
+              input_noise: "Tensor | None" = None) -> "tuple[Tensor, Tensor]":
+        """(x_t, target), each (N, C, h, w) float32. input_noise replaces the noise in x_t alone."""
+
+    def predict(self, network: "nn.Module", x_t: "Tensor", times: "Tensor", text: Text, size: tuple[int, int]) -> "Tensor":
+        """The network's prediction (N, C, h, w); size: the images' (height, width) in pixels."""
+
+    def sampler(self, kind: str, steps: int, device: "torch.device") -> Any:
+        """A diffusers scheduler with its timesteps set; kind "default" is the pipeline's own."""
+
+
+class Known(NamedTuple):
+    module: str
+    name: str  # of the class
+
+
+FAMILIES = {  # by the pipeline class that a base's model_index.json names
+    "StableDiffusionPipeline": Known("models.stable_diffusion", "StableDiffusion15"),
+    "StableDiffusionXLPipeline": Known("models.stable_diffusion", "StableDiffusionXL"),
+    "StableDiffusionXLImg2ImgPipeline": Known("models.stable_diffusion", "StableDiffusionXL"),
+}
+
+
+def read_model_index(base: str, revision: str | None = None, cache_dir: str | None = None) -> dict:
+    """A pipeline's model_index.json, of a folder or from the hub. Raises UserError; imports neither torch nor diffusers."""
+    if Path(base).exists():
+        path = Path(base, "model_index.json")
+        if not path.is_file():
+            raise UserError(f"{base} is no diffusers pipeline: it has no model_index.json")
+    elif base.startswith((".", "/", "~")) or base.count("/") != 1:
+        raise UserError(f"no base model at {base}: no such folder here, and no hub id (ORG/NAME) either")
+    else:
+        path = _from_hub(base, revision, cache_dir)
+    try:
+        index = json.loads(Path(path).read_text(encoding="utf-8"))
+        index["_class_name"]
+        return index
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"the model_index.json of {base} is damaged ({first_line(error)})") from None
+
+
+def _from_hub(base: str, revision: str | None, cache_dir: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(base, "model_index.json", revision=revision, cache_dir=cache_dir)
+    except GatedRepoError:
+        raise UserError(f"the hub gives {base} only to those who accepted its terms: accept them at "
+                        f"https://huggingface.co/{base}, then `hf auth login`") from None
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"no base model {base}: no such folder here, and the hub gave no such model or cannot be reached "
+                        f"({first_line(error)[:160]})") from None
+
+
+def open_family(options: ModelOptions) -> Family:
+    """The family of --pretrained_model_name_or_path with its small files read. Raises UserError for a path that does not
+    exist, a pipeline of an unknown family, and --sdxl beside another family."""
+    base = options.pretrained_model_name_or_path
+    index = read_model_index(base, options.revision, options.cache_dir)
+    known = FAMILIES.get(index["_class_name"])
+    if known is None:
+        raise UserError(f"{base} is a {index['_class_name']}, which is no known family: {', '.join(sorted(FAMILIES))}")
+    kind = getattr(importlib.import_module(known.module), known.name)
+    if options.sdxl and kind.name != "sdxl":
+        raise UserError(f"--sdxl, but {base} is {kind.label}: leave --sdxl out")
+    return kind(options, index)

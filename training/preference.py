@@ -1,0 +1,226 @@
+"""Learning from preference pairs: Diffusion-DPO, DSPO, DMPO, with or without the safeguard, and training on winners."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import datasets
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError, warn
+from common.train_options import ObjectiveOptions, TrainOptions
+from data.cached import CachedDataset, check_cache
+from data.images import scale_pixels
+from data.labels import ai_feedback_labels
+from data.pairs import PairDataset, make_loader
+from data.table import PairTable, choose_pairs, content_digest, load_table
+from losses import LossConfig, preference_loss
+from models.family import Family, Text
+from models.policy import Policy, load_policy
+from training.fit import StepLoss
+from training.guards import BadPairs, Watch
+from training.optimizers import effective_learning_rate
+from training.parameter_space import check_whole_gradients, parameter_space_loss
+from training.run import Run
+from training.state import LoraWeights, WholeWeights
+from training.validation import Validation
+
+
+class PreferenceTask:
+    """Offline preference optimisation. See training.fit.Task for what each method is for."""
+
+    resumable = True
+
+    def __init__(self, run: Run, family: Family, policy: Policy, pairs: PairTable, cache: CachedDataset | None = None):
+        options = run.options
+        self.run, self.family, self.policy, self.pairs, self.cache = run, family, policy, pairs, cache
+        self.name, self.trained = options.objective.train_method, policy.network
+        self.weights = LoraWeights(family) if policy.lora else WholeWeights()
+        self.size = (options.data.resolution, options.data.resolution)
+        self.config = loss_config(options.objective, family.name)
+        self.dataset = PairDataset(pairs, options.data, run.seed, family.latent_shape(*self.size), family.tokenize, cache,
+                                   winners_only=not options.objective.needs_reference)
+        self.digest = pairs.digest()  # once: it reads every caption
+        self.max_steps = (options.optimizer.max_train_steps
+                          or math.ceil(options.optimizer.num_train_epochs * len(pairs) / run.pairs_per_step))
+        self.watch = Watch(options.run.watch_winner_rise, options.run.watch_margin)
+        self.validation = Validation(run, family, policy)
+        self.results: list[tuple[Tensor, Tensor, Tensor | None]] = []  # of a step's micro-batches: times, loss, margin
+        if options.objective.safeguards_parameters:
+            check_whole_gradients(run.accelerator)
+        if run.pairs_per_step > len(pairs):
+            warn(f"a step takes {run.pairs_per_step} pairs, and there are {len(pairs)}: lower --gradient_accumulation_steps "
+                 "or --train_batch_size")
+
+    # --- what a checkpoint keeps -----------------------------------------------------------------------------------------
+
+    def restore(self, record: dict, first_step: int) -> None:
+        if record.get("data", self.digest) != self.digest and not self.run.options.run.allow_changed_resume:
+            raise UserError(f"{self.run.options.data.source} has changed since the checkpoint was made (other pairs, or other "
+                            "labels): go back to it, choose another --output_dir, or add --allow_changed_resume")
+        self.bad = BadPairs(self.run, self.dataset, record, first_step * self.run.pairs_per_step)
+
+    def record(self, steps_back: int = 0) -> dict:
+        return self.bad.record(steps_back) | {"data": self.digest}
+
+    # --- a step ----------------------------------------------------------------------------------------------------------
+
+    def batches(self, first_step: int) -> Iterator[tuple[int, Iterable[dict[str, Tensor]]]]:
+        optimizer, accelerator = self.run.options.optimizer, self.run.accelerator
+        count, steps = optimizer.gradient_accumulation_steps, self.max_steps - first_step
+        loader = iter(make_loader(self.dataset, optimizer.train_batch_size, accelerator.process_index,
+                                  accelerator.num_processes, self.bad.pairs_seen, steps * count,
+                                  pin_memory=self.run.device.type == "cuda"))
+        for _ in range(steps):
+            yield count, (self.to_device(self.bad.receive(next(loader))) for _ in range(count))
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.run.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> StepLoss:
+        accelerator, family = self.run.accelerator, self.family
+        x_t, target, times, text = self.noised(batch)
+        ref_pred = None
+        if self.run.options.objective.needs_reference:
+            with torch.no_grad(), accelerator.autocast(), self.policy.as_reference(self.run.device) as reference:
+                ref_pred = family.predict(reference, x_t, times, text, self.size)
+        with accelerator.autocast():  # a context of its own: weights that the first one cast carry no gradient
+            model_pred = family.predict(model, x_t, times, text, self.size)
+        if self.run.options.objective.safeguards_parameters:
+            trainable = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
+            loss, result = parameter_space_loss(accelerator, trainable, model_pred, ref_pred, target, self.config)
+        else:
+            result = preference_loss(model_pred, ref_pred, target, self.config)
+            loss = result.loss
+        self.results.append((times, result.logs["train_loss"], result.margin))
+        return StepLoss(loss, result.logs)
+
+    @torch.no_grad()
+    def noised(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Text]:
+        """x_t, target (N, C, h, w), times (N,) and text of a micro-batch of B pairs on the device, winners first: N = 2B,
+        for sft B. One time and one noise per pair, shared by winner and loser."""
+        members = batch["vae_noise"].shape[1]  # winner and loser; the winner alone for sft
+        if self.cache is not None:
+            moments = winners_first(batch["moments"])
+            text = group(batch, "text")
+        else:
+            moments = self.family.encode_images(scale_pixels(winners_first(batch["pixel_values"])))
+            text = self.family.encode_text(group(batch, "tokens"))
+        latents = self.family.latents(moments, winners_first(batch["vae_noise"]))
+        times = self.family.times(batch["timestep"]).repeat(members)
+        noise = batch["noise"].repeat(members, 1, 1, 1)
+        input_noise = batch["input_noise"].repeat(members, 1, 1, 1) if "input_noise" in batch else None
+        x_t, target = self.family.noise(latents, noise, times, input_noise)
+        return x_t, target, times, {name: rows.repeat(members, *[1] * (rows.dim() - 1)) for name, rows in text.items()}
+
+    # --- after a step ----------------------------------------------------------------------------------------------------
+
+    def flags(self) -> dict[str, float]:
+        return self.bad.flags()
+
+    def settle(self, step: int, logs: dict[str, float]) -> str | None:
+        self.results = []
+        if self.run.main:
+            for warning in self.watch(step, logs):
+                warn(warning)
+        self.bad.settle_together(logs)
+        logs |= {"pairs_seen": float(self.bad.pairs_seen), "epoch": self.bad.pairs_seen / len(self.pairs)}
+        return self.bad.message() if self.bad.too_many else None
+
+    def samples(self, logs: dict[str, float]) -> list[dict]:
+        """Pairs whose margin is not finite; else those of micro-batches whose loss is not; else all of them, if every
+        process's loss is finite and the gradient is not."""
+        everything, bad_batches, bad_pairs = [], [], []
+        for places, (times, loss, margins) in zip(self.bad.places, self.results):
+            margins = [None] * len(places) if margins is None else margins.tolist()
+            for (position, index, passed_over), time, margin in zip(places, times.tolist(), margins):
+                pair = {"position": position, "row": self.dataset.row(index + passed_over), "timestep": time,
+                        "loss": str(float(loss)), "margin": str(margin)}
+                everything.append(pair)
+                if not loss.isfinite():
+                    bad_batches.append(pair)
+                    if margin is not None and not math.isfinite(margin):
+                        bad_pairs.append(pair)
+        if not math.isfinite(logs["train_loss"]):
+            everything = []  # then another process has the pair
+        return bad_pairs or bad_batches or everything
+
+    def validate(self, step: int) -> None:
+        self.validation(step)
+
+    # --- the start -------------------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, str]:
+        run, options, objective, optimizer = self.run, self.run.options, self.run.options.objective, self.run.options.optimizer
+        safeguard = "off"
+        if objective.use_winner_preserving:
+            safeguard = (f"mu {objective.winner_preserving_mu:g}{options.origin('winner_preserving_mu')}, one lambda per "
+                         f"{objective.winner_preserving_granularity}, {objective.winner_preserving_space} space")
+        beta = f", beta {objective.beta_dpo:g}{options.origin('beta_dpo')}" if objective.needs_reference else ""
+        reference = "none" if not objective.needs_reference else "policy without adapter" if self.policy.lora else "frozen copy"
+        lr = effective_learning_rate(optimizer, run.accelerator.num_processes)
+        return {
+            "method": f"{self.name}{beta}, safeguard {safeguard}",
+            "base": f"{options.model.pretrained_model_name_or_path} ({self.family.label}, {options.data.resolution} px)"
+                    + (f", weights of {options.model.unet_init}" if options.model.unet_init else ""),
+            "policy": f"LoRA rank {options.model.lora_rank}" if self.policy.lora else "whole network, float32 weights",
+            "reference": reference,
+            "precision": f"{options.memory.mixed_precision}, errors in float32",
+            "pairs": "; ".join([f"{len(self.pairs)} of {options.data.source or options.data.cached_dataset}", *self.pairs.notes]
+                               + [f"encoded in {options.data.cached_dataset}"] * bool(options.data.cached_dataset)),
+            "batch": f"{run.pairs_per_step} pairs per step = {run.accelerator.num_processes} device(s) x "
+                     f"{optimizer.train_batch_size} x {optimizer.gradient_accumulation_steps} accumulated",
+            "steps": f"{self.max_steps}, {self.max_steps * run.pairs_per_step / len(self.pairs):.2f} passes over the pairs",
+            "optimizer": f"{optimizer.optimizer}{options.origin('optimizer')}, learning rate {lr:.4g} after scaling"
+                         f"{options.origin('learning_rate')}, {optimizer.lr_scheduler}, {optimizer.lr_warmup_steps} warm-up "
+                         f"steps{options.origin('lr_warmup_steps')}",
+            "seed": str(run.seed),
+            "output": str(run.output_dir),
+        }
+
+
+def make_task(run: Run, family: Family) -> PreferenceTask:
+    """Pairs first, before any large model is read; then encoders, policy and reference. Raises UserError."""
+    options = run.options
+    cache = CachedDataset(options.data.cached_dataset) if options.data.cached_dataset else None
+    with run.accelerator.main_process_first():
+        table, images = load_rows(options, cache)
+    labels = ai_feedback_labels(images, options.data, run.output_dir, run.accelerator) if options.data.choice_model else None
+    pairs = choose_pairs(table, options.data, run.seed, labels, winners_only=not options.objective.needs_reference)
+    if cache:
+        check_cache(cache, options.data, family, options.memory.mixed_precision, pairs.image_columns)
+    else:
+        family.load_encoders(run.dtype, run.device)
+    policy = load_policy(family, options.memory, run.dtype, run.device, options.objective.needs_reference,
+                         options.data.resolution)
+    return PreferenceTask(run, family, policy, pairs, cache)
+
+
+def load_rows(options: TrainOptions, cache: CachedDataset | None) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The table that pairs are chosen from, and the one with the images; of a cache the former, and the latter where it
+    is at hand or is looked at. Raises UserError, also where local data is not what the cache was made of."""
+    data, cache_dir = options.data, options.model.cache_dir
+    if cache is None:
+        table = load_table(data, cache_dir)
+        return table, table
+    compared = data.is_local and data.split == cache.settings.get("split")
+    images = load_table(data, cache_dir) if data.choice_model or compared else None
+    if images is not None and content_digest(images, data) != cache.settings.get("content"):
+        raise UserError(f"{data.source} (split {data.split}) is not the data that --cached_dataset {cache.folder} was made "
+                        "of, or not in its order: name no data and take the cache's rows, or cache again into an empty folder")
+    return cache.rows(), images
+
+
+def loss_config(objective: ObjectiveOptions, family: str) -> LossConfig:
+    return LossConfig(objective.train_method, objective.beta_dpo, objective.dmpo_alpha, objective.use_winner_preserving,
+                      objective.winner_preserving_mu, objective.winner_preserving_granularity, family == "sdxl")
+
+
+def winners_first(per_pair: Tensor) -> Tensor:
+    """(B, k, ...) -> (k * B, ...), all winners before all losers."""
+    return per_pair.transpose(0, 1).flatten(0, 1)
+
+
+def group(batch: dict[str, Tensor], prefix: str) -> Text:
+    """The batch's entries "PREFIX.NAME", by NAME."""
+    return {name.removeprefix(f"{prefix}."): value for name, value in batch.items() if name.startswith(f"{prefix}.")}

@@ -1,0 +1,47 @@
+"""What a finished run leaves: the network's weights, and a diffusers pipeline that opens as it is."""
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from common.files import make_readable, whole_file
+from models.devices import writing
+from models.family import Family
+from models.networks import LORA_FILE, load_network, merge_lora
+from models.policy import Policy
+from models.weights import from_hub, load_strictly
+from training.run import Run
+from training.state import LoraWeights, whole_state
+
+
+def save_result(run: Run, family: Family, policy: Policy) -> str:
+    """unet.pth and a full diffusers pipeline in output_dir (LoRA: merged, and the LoRA weights beside it); returns what
+    was left, in words. Every process must call this. Raises UserError on all alike."""
+    folder, accelerator = run.output_dir, run.accelerator
+    state = None if policy.lora else whole_state(accelerator, policy.network)
+    with writing(f"the result into {folder}", folder):
+        if policy.lora:
+            LoraWeights(family).save(accelerator, policy.network, folder)
+        if run.main:
+            network = load_network(family, family.options.unet_init)
+            if policy.lora:  # into the base as it is on disk: the one in training has weights in the compute dtype
+                merge_lora(family, network, load_file(folder / LORA_FILE), folder / LORA_FILE)
+            else:
+                load_strictly(network, state, "the trained policy")
+            with whole_file(folder / f"{family.backbone}.pth") as aside:
+                torch.save(network.state_dict(), aside)
+            save_pipeline(run, family, network)
+    return f"{folder / f'{family.backbone}.pth'} and a diffusers pipeline in {folder}"
+
+
+def save_pipeline(run: Run, family: Family, network: nn.Module) -> None:
+    """The base pipeline with this network, so that DiffusionPipeline.from_pretrained(output_dir) opens it."""
+    options, parts = family.options, {family.backbone: network}
+    if options.pretrained_vae_model_name_or_path:
+        parts["vae"] = family.read_vae()
+    pipeline = from_hub(family.pipeline, options.pretrained_model_name_or_path, "the base pipeline",
+                        revision=options.revision, cache_dir=options.cache_dir, **parts)
+    pipeline.save_pretrained(run.output_dir)
+    for name in pipeline.components:
+        if (run.output_dir / name).is_dir():
+            make_readable(run.output_dir / name)
