@@ -331,7 +331,7 @@ def _warn_of_ignored(args: TrainArguments, given: set[str]) -> None:
         ignored("hub_model_id", "nothing is uploaded without --push_to_hub")
     if not args.validation_prompts:
         ignored("validation_steps", "there are no --validation_prompts")
-    if args.lr_scheduler == "constant":
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:  # 0 says itself that there is none
         ignored("lr_warmup_steps", "the constant schedule has no warm-up (constant_with_warmup has)")
     if args.lr_warmup_steps >= args.max_train_steps > 0:
         warn(f"--lr_warmup_steps {args.lr_warmup_steps} is not below --max_train_steps {args.max_train_steps}: "
