@@ -9,6 +9,7 @@ often the preferred image scores higher, at five timesteps, before and after tra
 
 import copy
 import json
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -81,7 +81,7 @@ class SPMArguments:
     gradient_accumulation_steps: int = option(1, "micro-steps an optimizer step")
     max_train_steps: int = option(8000, "optimizer steps")
     learning_rate: float = option(3e-6, "peak learning rate")
-    lr_warmup_steps: int = option(500, "steps of linear warm-up; then linear decay to 0")
+    lr_warmup_steps: int = option(500, "steps of logarithmic warm-up; then linear decay to 0")
     adam_weight_decay: float = option(0.3, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradient norm clip")
     gradient_checkpointing: bool = option(False, "recompute the vision tower's activations in the backward pass")
@@ -134,6 +134,14 @@ def parse_spm_arguments(argv: list[str] | None = None) -> SPMArguments:
     if args.checkpointing_steps < 0 or args.lr_warmup_steps < 0:
         raise UserError("--checkpointing_steps and --lr_warmup_steps must not be negative")
     return args
+
+
+def warmup_then_decay(step: int, warmup_steps: int, max_steps: int) -> float:
+    """Share of the peak rate after `step` optimizer steps: logarithmic warm-up, then linear to 0. DeepSpeed's
+    WarmupDecayLR, whose warm-up is logarithmic unless told otherwise, and the official program does not tell it."""
+    if step < warmup_steps:
+        return math.log(step + 1) / math.log(max(2, warmup_steps))
+    return max(0, max_steps - step) / max(1, max_steps - warmup_steps)
 
 
 def preference_cross_entropy(scores: Tensor, label_0: Tensor) -> Tensor:
@@ -253,8 +261,8 @@ def train(args: SPMArguments, stop: StopSignal) -> None:
 
     # 4. Optimizer, schedule, resume.
     optimizer = torch.optim.AdamW(spm.parameters(), lr=args.learning_rate, weight_decay=args.adam_weight_decay)
-    lr_scheduler = get_scheduler("linear", optimizer, num_warmup_steps=args.lr_warmup_steps,
-                                 num_training_steps=args.max_train_steps)
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_then_decay(step, args.lr_warmup_steps, args.max_train_steps))
     wrapped, optimizer = accelerator.prepare(spm, optimizer)
     write_run_file(args, accelerator)
     register_hooks(accelerator, lora=False, weights_file=WEIGHTS_FILE)

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 from shapes.pipeline import clip_tokenizer, text_config
 from spm.data import LabelledPairs
 from spm.model import EVALUATION_TIMESTEPS, load_spm
-from spm.train import labels_from_scores, parse_spm_arguments, preference_cross_entropy, train
+from spm.train import labels_from_scores, parse_spm_arguments, preference_cross_entropy, train, warmup_then_decay
 from training.checkpoints import read_progress
 from training.errors import UserError
 from training.signals import StopSignal
@@ -32,6 +32,16 @@ def test_relabelling_calls_close_scores_a_tie():
     difference = 2 * math.atanh(0.1)  # of scores whose probabilities differ by 0.1
     scores = torch.tensor([[difference * 0.99, difference * 1.01, 0.0], [0.0, 0.0, 5.0]])
     assert labels_from_scores(scores, 0.1).tolist() == [0.5, 1.0, 0.0]
+
+
+def test_warm_up_is_logarithmic_and_the_decay_linear():
+    """DeepSpeed's WarmupDecayLR, 500 of 8000 steps: ln(51) / ln(500) = 3.931826 / 6.214608 = 0.632675."""
+    rates = [warmup_then_decay(step, 500, 8000) for step in range(8001)]
+    assert rates[50] == pytest.approx(0.632675, abs=1e-6)
+    assert [rates[step] for step in (0, 499, 500, 4250, 8000)] == [0, 1, 1, 0.5, 0]
+    assert sum(rates[:500]) == pytest.approx(420.2, abs=0.1)  # linear: 249.5
+    assert [warmup_then_decay(step, 0, 4) for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+    assert [warmup_then_decay(step, 1, 3) for step in range(4)] == [0, 1, 0.5, 0]
 
 
 @pytest.fixture
