@@ -62,8 +62,8 @@ def guided_prediction(unet, latents: Tensor, timesteps: Tensor, conditioning: Pr
 
 @torch.no_grad()
 def decode_latents(vae, latents: Tensor) -> Tensor:
-    """Scaled latents (N, C, h, w) -> pixels (N, 3, H, W) in [0, 1], float32. Not to be called under autocast: a VAE kept
-    in float32 is so because it overflows."""
+    """Scaled latents (N, C, h, w) -> images (N, 3, H, W) around [-1, 1], float32, as the VAE gives them: not clamped. Not
+    to be called under autocast: a VAE kept in float32 is so because it overflows."""
     decoded = [vae.decode(part.to(vae.dtype), return_dict=False)[0].float()
                for part in (latents / vae.config.scaling_factor).split(DECODED_AT_ONCE)]
-    return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+    return torch.cat(decoded)
