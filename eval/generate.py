@@ -66,6 +66,8 @@ class Arguments:
     cfg: float = field(default=7.5, metadata={"help": "Guidance, in the sense of --cfg_convention."})
     cfg_convention: str = field(default="official", metadata={"choices": ["official", "diffusers"], "help":
         "official: e_cond + cfg (e_cond - e_uncond), as published; diffusers: e_uncond + cfg (e_cond - e_uncond)."})
+    empty_prompt: str = field(default="encoded", metadata={"choices": ["encoded", "pipeline"], "help":
+        "Guidance's other half: the encoded \"\" as published; pipeline: as the base's model_index.json says (SDXL: zeros)."})
     scheduler: str = field(default="euler", metadata={"choices": ["euler", "default"], "help":
         "euler as published; default: the pipeline's own."})
     mixed_precision: str | None = field(default=None, metadata={"choices": list(DTYPES), "help":
@@ -231,6 +233,7 @@ def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
         before = read_json(settings)
         if not isinstance(before, dict):
             raise UserError(f"{settings} is damaged: choose another --output_dir, or --overwrite what is there")
+        before = {"empty_prompt": "encoded"} | before  # folders from before that option
         changed = [f"{key} was {before.get(key)}, now {record[key]}" for key in record
                    if key not in NAMES and before.get(key) != record[key]]
         if changed and not any(path for kind in ("*.png", ".batch-*.ready") for path in group.folder.glob(kind)):
@@ -374,7 +377,8 @@ def main(argv: list[str] | None = None) -> None:
         state.print(f"no GPU here: generating on the CPU, UNet in {DTYPES[args.mixed_precision]}")
     unet_dtype = DTYPES[args.mixed_precision]
     settings = SamplingSettings(args.height, args.width, args.num_inference_steps, args.cfg, args.cfg_convention,
-                                args.scheduler, torch.float32 if args.latents_dtype == "float32" else unet_dtype)
+                                args.scheduler, torch.float32 if args.latents_dtype == "float32" else unet_dtype,
+                                args.empty_prompt)
     record = settings_record(args, settings, state.device)
     groups = [plan_group(name, args) for name in args.prompts]
     if state.is_main_process:

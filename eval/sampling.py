@@ -30,6 +30,7 @@ class SamplingSettings:
     cfg_convention: str  # "official": e_cond + cfg (e_cond - e_uncond); "diffusers": e_uncond + cfg (e_cond - e_uncond)
     scheduler: str  # "euler", or "default" for the pipeline's own
     latents_dtype: torch.dtype  # of the latents through all steps; the noise is drawn in the UNet's
+    empty_prompt: str = "encoded"  # the unconditional embedding: "encoded" "", or "pipeline": zeros where the base says so
 
     @property
     def guidance_scale(self) -> float:
@@ -80,7 +81,9 @@ class Sampler:
     def __init__(self, pipeline: DiffusionPipeline, settings: SamplingSettings):
         self.pipeline, self.settings = pipeline, settings
         self.device, self.sdxl = pipeline.unet.device, is_sdxl(pipeline.unet.config)
-        self.unconditional = self._encode([""])  # the ENCODED empty prompt, also for SDXL
+        self.unconditional = self._encode([""])  # as the Diffusion-SDPO evaluation has it, also for SDXL
+        if settings.empty_prompt == "pipeline" and pipeline.config.get("force_zeros_for_empty_prompt"):
+            self.unconditional = tuple(torch.zeros_like(embedding) for embedding in self.unconditional)
 
     def _encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Prompt embeddings (N, 77, D) and, for SDXL, pooled embeddings (N, P)."""

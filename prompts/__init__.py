@@ -1,4 +1,4 @@
-"""Prompt groups: JSON lists of {"prompt": ...}, read by name (prompts/NAME.json) or by path; or text, one prompt a line."""
+"""Prompt groups: JSON lists of {"prompt": ...} or {"caption": ...}, read by name (prompts/NAME.json) or by path; or text, one prompt a line."""
 
 import json
 import os
@@ -18,8 +18,8 @@ def group_path(name_or_path: str | os.PathLike) -> Path:
 def read_group(name_or_path: str | os.PathLike) -> list[str]:
     """The prompts of a group, in order.
 
-    Raises UserError, with the line of the fault, when the file is no JSON list of {"prompt": non-empty text} (a list of
-    bare strings will do) or a .txt file of one prompt a line, and when it is missing or empty.
+    A file is a .txt of one prompt a line or a JSON list of {"prompt": text}, {"caption": text} (SPO's published prompts)
+    or bare strings. Raises UserError, with the line of the fault, when it is not, and when it is missing or empty.
     """
     path = group_path(name_or_path)
     try:
@@ -52,9 +52,9 @@ def parse_group(text: str, source: str) -> list[str]:
             raise _fault(source, text, error.pos, f"no JSON here ({error.msg})") from None
         except (RecursionError, ValueError):
             raise _fault(source, text, at, "this is nested too deeply, or a number too long") from None
-        prompt = entry.get("prompt") if isinstance(entry, dict) else entry
+        prompt = entry.get("prompt", entry.get("caption")) if isinstance(entry, dict) else entry
         if not isinstance(prompt, str) or not prompt.strip():
-            raise _fault(source, text, at, f'entry {len(prompts) + 1} has no "prompt" that is non-empty text')
+            raise _fault(source, text, at, f'entry {len(prompts) + 1} has no "prompt" or "caption" that is non-empty text')
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise _fault(source, text, at, f"the prompt of entry {len(prompts) + 1} holds half a character (a lone surrogate)")
         prompts.append(prompt)

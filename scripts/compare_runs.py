@@ -59,7 +59,7 @@ def command(tree: Path, case: str, paths: dict[str, Path], output: Path) -> list
     words = [f"--pretrained_model_name_or_path={paths[base]}", f"--train_data_dir={paths['pairs']}", f"--output_dir={output}"]
     clip = [f"--spm_clip={paths['clip']}", f"--spm_tokenizer={paths['clip']}"]
     if case in SPM:
-        module = "spo.preference_model.train" if (tree / "spo").is_dir() else "spm.train"
+        module = "spo.preference_model.train" if (tree / "spo").is_dir() else "spo.preference_model.train"
         allowed = ("--resolution", "--mixed", "--max_train", "--train_batch", "--gradient_acc", "--seed", "--checkpointing",
                    "--report", "--learning_rate", "--lr_warmup")
         return [sys.executable, "-m", module, *words, *clip, *[word for word in COMMON if word.startswith(allowed)],

@@ -164,6 +164,8 @@ def make_clip(folder: Path) -> None:
 class OracleModel:
     """The oracle in the step-aware preference model's place: it reads the prompt back from its tokens."""
 
+    image_size = 32  # of the world's images: they are not resized
+
     def __init__(self, tokenizer):
         self.tokenizer, self.prompts = tokenizer, []
 
@@ -262,7 +264,7 @@ def spo_steps(run, models, args, settings, accelerator):
     """Samples rounds, and leaves the gradient of one group of pairs at each turn; None for a round without pairs."""
     prompts = json.loads(Path(settings.output, "prompts.json").read_text())["train"]
     scheduler, progress = ddim_scheduler(models.scheduler, args.spo_num_steps), Progress()
-    judge_model = load_judge(args, torch.float32, accelerator.device)
+    judge_model = load_judge(args, accelerator.device)
     if run.method == "spo, oracle judge":
         judge_model = Judge(OracleModel(judge_model.tokenizer), judge_model.tokenizer)
     while True:

@@ -21,12 +21,31 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's published preprocessi
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def resize_then_clamp(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Decoded images (N, 3, H, W) around [-1, 1] -> (N, 3, size, size) in [0, 1], as the SPO program scores them
+    (get_preference_score in its step_aware_preference_model.py)."""
+    return (_bicubic(images, size) / 2 + 0.5).clamp(0, 1)
+
+
+def clamp_resize_clamp(images: torch.Tensor, size: int) -> torch.Tensor:
+    """The same, as the preference model's training program does (train_step in its spm_task.py)."""
+    return _bicubic((images / 2 + 0.5).clamp(0, 1), size).clamp(0, 1)
+
+
+def _bicubic(images: torch.Tensor, size: int) -> torch.Tensor:
+    return F.interpolate(images, (size, size), mode="bicubic", align_corners=False)  # no antialiasing, officially
+
+
 class TimestepEmbedder(nn.Module):
-    """(N,) timesteps -> (N, hidden_size): 256 sinusoids, cosines first, then Linear, SiLU, Linear."""
+    """(N,) timesteps -> (N, hidden_size): 256 sinusoids, cosines first, then Linear, SiLU, Linear; the weights start at
+    N(0, 0.02), as in DiT."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(SINUSOID_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        for linear in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         half = SINUSOID_SIZE // 2
@@ -72,13 +91,7 @@ class StepAwarePreferenceModel(nn.Module):
         return F.normalize(self.model.get_text_features(input_ids=input_ids).pooler_output, dim=-1)
 
     def image_features(self, pixels: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) pixels in [0, 1] and (N,) timesteps -> (N, D) unit vectors.
-
-        Pixels of another size than the tower's are resized: bicubic, without antialiasing, as the official models were
-        trained.
-        """
-        if pixels.shape[-2:] != (self.image_size, self.image_size):
-            pixels = F.interpolate(pixels, (self.image_size, self.image_size), mode="bicubic", align_corners=False)
+        """(N, 3, image_size, image_size) pixels in [0, 1] and (N,) timesteps -> (N, D) unit vectors."""
         tower = self.model.vision_model
         condition = self.model.t_embedder(timestep)
         hidden = tower.pre_layrnorm(tower.embeddings((pixels - self.pixel_mean) / self.pixel_std))
@@ -92,12 +105,14 @@ class StepAwarePreferenceModel(nn.Module):
         return F.normalize(self.model.visual_projection(pooled), dim=-1)
 
     def score(self, pixels: torch.Tensor, timestep: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """Scores (N,) in float32 of (N, 3, H, W) pixels in [0, 1] at (N,) timesteps for (N, D) text features."""
+        """Scores (N,) in float32 of (N, 3, image_size, image_size) pixels in [0, 1] at (N,) timesteps for (N, D) text
+        features."""
         cosine = (self.image_features(pixels, timestep).float() * text_features.float()).sum(dim=-1)
         return self.model.logit_scale.float().exp() * cosine
 
     def forward(self, pixels: torch.Tensor, timestep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Scores (m * P,) of (m * P, 3, H, W) pixels for P prompts' (P, 77) token ids, the prompts in turn m times."""
+        """Scores (m * P,) of (m * P, 3, image_size, image_size) pixels for P prompts' (P, 77) token ids, the prompts in
+        turn m times."""
         text_features = self.text_features(input_ids)
         return self.score(pixels, timestep, text_features.repeat(len(pixels) // len(input_ids), 1))
 

@@ -9,6 +9,7 @@ often the preferred image scores higher, at five timesteps, before and after tra
 
 import copy
 import json
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +18,8 @@ from typing import Literal
 import datasets
 import diffusers
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -28,9 +27,9 @@ from transformers import HfArgumentParser
 
 from losses.spo import clean_and_noise
 from spo.preference_model.data import LabelledPairs
-from spo.preference_model.model import EVALUATION_TIMESTEPS, StepAwarePreferenceModel, load_spm, load_spm_tokenizer
-from common.train_options import config_files, option, parse_words, yaml_to_argv
-from common.errors import UserError, run_program, warn
+from spo.preference_model.model import (EVALUATION_TIMESTEPS, StepAwarePreferenceModel, clamp_resize_clamp, load_spm,
+                       load_spm_tokenizer)
+from common.train_options import config_files, option, parse_words, warn, yaml_to_argv
 from training.checkpoints import (continuing, find_checkpoint, load_checkpoint, policy_state, read_progress, register_hooks,
                                   save_checkpoint, save_weights, write_run_file, write_whole)
 from data.pairs import load_table, tokenize, worker_count
@@ -81,7 +80,7 @@ class SPMArguments:
     gradient_accumulation_steps: int = option(1, "micro-steps an optimizer step")
     max_train_steps: int = option(8000, "optimizer steps")
     learning_rate: float = option(3e-6, "peak learning rate")
-    lr_warmup_steps: int = option(500, "steps of linear warm-up; then linear decay to 0")
+    lr_warmup_steps: int = option(500, "steps of logarithmic warm-up; then linear decay to 0")
     adam_weight_decay: float = option(0.3, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradient norm clip")
     gradient_checkpointing: bool = option(False, "recompute the vision tower's activations in the backward pass")
@@ -136,6 +135,14 @@ def parse_spm_arguments(argv: list[str] | None = None) -> SPMArguments:
     return args
 
 
+def warmup_then_decay(step: int, warmup_steps: int, max_steps: int) -> float:
+    """Share of the peak rate after `step` optimizer steps: logarithmic warm-up, then linear to 0. DeepSpeed's
+    WarmupDecayLR, whose warm-up is logarithmic unless told otherwise, and the official program does not tell it."""
+    if step < warmup_steps:
+        return math.log(step + 1) / math.log(max(2, warmup_steps))
+    return max(0, max_steps - step) / max(1, max_steps - warmup_steps)
+
+
 def preference_cross_entropy(scores: Tensor, label_0: Tensor) -> Tensor:
     """Cross-entropy (B,) of softmax(score_0, score_1) to the soft labels; a tie's is shifted by log 0.5, so that 0 is the
     least it can be. scores: (2, B); label_0: (B,) the probability that image 0 is preferred."""
@@ -150,8 +157,15 @@ def labels_from_scores(scores: Tensor, threshold: float) -> Tensor:
     return torch.where(difference.abs() < threshold, 0.5, (difference > 0).float())
 
 
+def agreement(scores: Tensor, label_0: Tensor) -> Tensor:
+    """1 where the preferred image scores higher, 0 where it does not, one half for a tie (B,); with equal scores 0, as the
+    official program has it. scores: (2, B); label_0: (B,)."""
+    return label_0 * (scores[0] > scores[1]) + (1 - label_0) * (scores[0] < scores[1])
+
+
 class Restorer:
-    """Noised and restored images of a batch, and the labels: all that needs the frozen models."""
+    """Noised and restored images of a batch, and the labels: all that needs the frozen models. judge: PickScore in float32,
+    which relabels; None leaves the dataset's labels."""
 
     def __init__(self, models: Models, unet, judge: StepAwarePreferenceModel | None, tokenizer, args: SPMArguments,
                  accelerator: Accelerator):
@@ -159,8 +173,8 @@ class Restorer:
         self.args, self.accelerator = args, accelerator
 
     @torch.no_grad()
-    def pixels(self, batch: dict, timestep: Tensor) -> Tensor:
-        """(2B, 3, H, W) in [0, 1], images 0 first: noised to timestep (B,) with the pair's one noise, x0-hat decoded."""
+    def images(self, batch: dict, timestep: Tensor) -> Tensor:
+        """(2B, 3, H, W) around [-1, 1], images 0 first: noised to timestep (B,) with the pair's one noise, x0-hat decoded."""
         models = self.models
         conditioning = condition_on_prompts(models, self.args, batch["caption"], timestep.device)
         latents = encode_images(models.vae, winners_first(batch["pixel_values"]), winners_first(batch["vae_noise"]))
@@ -175,13 +189,11 @@ class Restorer:
 
     @torch.no_grad()
     def labels(self, batch: dict) -> Tensor:
-        """label_0 (B,): the dataset's, or by the untrained CLIP on the images themselves."""
+        """label_0 (B,): the dataset's, or by the untrained CLIP on the images themselves, in float32 as officially."""
         if self.judge is None:
             return batch["label_0"]
-        images = winners_first(batch["pixel_values"]) / 2 + 0.5
-        images = F.interpolate(images, (self.judge.image_size,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
-        with self.accelerator.autocast():
-            scores = self.judge(images, torch.zeros(len(images), device=images.device), self.input_ids(batch))
+        pixels = winners_first(batch["judged"]).float() / 255
+        scores = self.judge(pixels, torch.zeros(len(pixels), device=pixels.device), self.input_ids(batch))
         return labels_from_scores(scores.unflatten(0, (2, -1)), self.args.relabel_threshold)
 
     def input_ids(self, batch: dict) -> Tensor:
@@ -196,29 +208,30 @@ def on_device(batch: dict, device: torch.device) -> dict:
 @torch.no_grad()
 def accuracies(spm: StepAwarePreferenceModel, restorer: Restorer, pairs: LabelledPairs, batch_size: int,
                accelerator: Accelerator) -> dict[str, float]:
-    """Share of decided pairs whose preferred image scores higher, at each evaluation timestep (an exact tie counts one
-    half); pairs that cannot be used do not count; {} where no pair is decided. Every process must call this."""
+    """Mean agreement() over the pairs at each evaluation timestep; at t = 0 the images themselves are looked at. As
+    officially, a tie counts one half, but does not count where PickScore relabels; nor do pairs that cannot be used. {}
+    where no pair counts. Every process must call this."""
     rank, world = accelerator.process_index, accelerator.num_processes
     own = [(index, index) for index in range(rank, len(pairs), world)]
     batches = [own[start:start + batch_size] for start in range(0, len(own), batch_size)]
     right = torch.zeros(len(EVALUATION_TIMESTEPS), device=accelerator.device)
-    decided = torch.zeros(1, device=accelerator.device)
+    number = torch.zeros(1, device=accelerator.device)
     for batch in DataLoader(pairs, batch_sampler=batches):
         batch = on_device(batch, accelerator.device)
         labels, input_ids = restorer.labels(batch), restorer.input_ids(batch)
-        sign = (labels * 2 - 1).to(accelerator.device) * (batch["passed_over"] == 0)
-        decided += (sign != 0).sum()
+        counts = (batch["passed_over"] == 0) & ((labels != 0.5) | (restorer.judge is None))
+        number += counts.sum()
         for row, t in enumerate(EVALUATION_TIMESTEPS):
             timestep = torch.full((len(labels),), t, device=accelerator.device)
-            pixels = restorer.pixels(batch, timestep)
+            images = restorer.images(batch, timestep) if t else winners_first(batch["pixel_values"])
+            pixels = clamp_resize_clamp(images, spm.image_size)
             with accelerator.autocast():
-                scores = spm(pixels, timestep.repeat(2), input_ids).unflatten(0, (2, -1))
-            agreement = sign * (scores[0] - scores[1]).sign()
-            right[row] += ((agreement + 1) / 2)[sign != 0].sum()
-    right, decided = (accelerator.reduce(tensor, reduction="sum") for tensor in (right, decided))
-    if decided == 0:
+                scores = spm(pixels, timestep.repeat(2), input_ids)
+            right[row] += (agreement(scores.unflatten(0, (2, -1)), labels) * counts).sum()
+    right, number = (accelerator.reduce(tensor, reduction="sum") for tensor in (right, number))
+    if number == 0:
         return {}
-    return {f"accuracy_t{t}": float(value / decided) for t, value in zip(EVALUATION_TIMESTEPS, right)}
+    return {f"accuracy_t{t}": float(value / number) for t, value in zip(EVALUATION_TIMESTEPS, right)}
 
 
 def train(args: SPMArguments, stop: StopSignal) -> None:
@@ -245,16 +258,17 @@ def train(args: SPMArguments, stop: StopSignal) -> None:
     spm.gradient_checkpointing = args.gradient_checkpointing
     judge = None
     if args.relabel_threshold:
-        judge = cast_compute_weights(copy.deepcopy(spm).requires_grad_(False).eval(), dtype)
+        judge = copy.deepcopy(spm).requires_grad_(False).eval()
     restorer = Restorer(models, unet, judge, tokenizer, args, accelerator)
-    pairs = LabelledPairs(table, args.caption_column, args.resolution, models.latent_shape, args.seed, source)
+    judge_size = spm.image_size if judge else None
+    pairs = LabelledPairs(table, args.caption_column, args.resolution, models.latent_shape, args.seed, source, judge_size)
     validation = validation and LabelledPairs(validation, args.caption_column, args.resolution, models.latent_shape, args.seed,
-                                              f"{source} ({args.validation_split})")
+                                              f"{source} ({args.validation_split})", judge_size)
 
     # 4. Optimizer, schedule, resume.
     optimizer = torch.optim.AdamW(spm.parameters(), lr=args.learning_rate, weight_decay=args.adam_weight_decay)
-    lr_scheduler = get_scheduler("linear", optimizer, num_warmup_steps=args.lr_warmup_steps,
-                                 num_training_steps=args.max_train_steps)
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_then_decay(step, args.lr_warmup_steps, args.max_train_steps))
     wrapped, optimizer = accelerator.prepare(spm, optimizer)
     write_run_file(args, accelerator)
     register_hooks(accelerator, lora=False, weights_file=WEIGHTS_FILE)
@@ -277,7 +291,7 @@ def train(args: SPMArguments, stop: StopSignal) -> None:
         wrapped.train()
         accelerator.log(found, step=step)
         if main_process and not found:
-            warn(f"no pair of {args.validation_split} is decided: there is no accuracy to report")
+            warn(f"no pair of {args.validation_split} counts: there is no accuracy to report")
         elif main_process:
             add_accuracies(Path(args.output_dir), step, found)
             shown = "  ".join(f"t={t} {found[f'accuracy_t{t}']:.3f}" for t in EVALUATION_TIMESTEPS)
@@ -301,15 +315,15 @@ def train(args: SPMArguments, stop: StopSignal) -> None:
             batch = on_device(next(micro_batches), device)
             replaced += (batch["passed_over"] > 0).sum()
             timestep = (batch["timestep"] * models.scheduler.config.num_train_timesteps).long()
-            pixels, labels = restorer.pixels(batch, timestep), restorer.labels(batch)
+            pixels = clamp_resize_clamp(restorer.images(batch, timestep), spm.image_size)
+            labels = restorer.labels(batch)
             with accelerator.accumulate(wrapped):
                 scores = wrapped(pixels, timestep.repeat(2), restorer.input_ids(batch)).unflatten(0, (2, -1))
                 losses = preference_cross_entropy(scores, labels)
                 total = accelerator.reduce(batch["weight"].sum(), reduction="sum")
                 loss = (batch["weight"] * losses).sum() * world / total  # processes average their gradients
                 accelerator.backward(loss)
-            agreement = ((scores[0] - scores[1]).sign() * (labels * 2 - 1).sign()).detach()
-            scalars.add({"train_loss": loss.detach(), "accuracy": ((agreement + 1) / 2).mean()})
+            scalars.add({"train_loss": loss.detach(), "accuracy": agreement(scores.detach(), labels).mean()})
         grad_norm = accelerator.clip_grad_norm_(spm.parameters(), args.max_grad_norm)
         done = step + 1
         logs = scalars.reduce(accelerator, grad_norm=grad_norm if grad_norm is not None else 0.0, bad_pairs=replaced,

@@ -57,6 +57,39 @@ def test_equals_a_plain_diffusers_pipeline(kind, convention, request, prompt_fil
     assert np.abs(ours[0] - ours[4]).max() > 1  # the prompt matters
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_pipelines_own_empty_prompt(zeros, tiny_sdxl, sdxl_run, prompt_file, tmp_path):
+    """The base's model_index.json decides: zeros as diffusers has them, or the encoded "" that is the default."""
+    base = shutil.copytree(tiny_sdxl, tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
+    for name in ("encoded", "pipeline"):
+        generate.main(arguments(sdxl_run, base, prompt_file, "--cfg_convention", "diffusers", "--limit", 2, "--empty_prompt",
+                                name, "--output_dir", tmp_path / name))
+    encoded, ours = (pixels(tmp_path / name / STEM) for name in ("encoded", "pipeline"))
+    assert (np.abs(encoded - ours).max() > 1) == zeros
+    assert json.loads((tmp_path / "pipeline" / f"{STEM}.json").read_text())[0]["metadata"]["empty_prompt"] == "pipeline"
+
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    for image, prompt in zip(ours, PROMPTS):
+        theirs = pipeline(prompt, height=64, width=64, num_inference_steps=3, guidance_scale=7.5,
+                          generator=torch.Generator().manual_seed(0)).images[0]
+        assert np.abs(image - np.asarray(theirs).astype(int)).max() <= 1
+
+
+def test_a_folder_from_before_that_option_goes_on(tiny_sd15, sd15_run, prompt_file):
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 1))
+    path = sd15_run.parent / STEM / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("empty_prompt") == "encoded"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="empty_prompt was encoded, now pipeline"):
+        generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--empty_prompt", "pipeline"))
+    generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--limit", 2))
+
+
 def test_the_pipelines_own_scheduler(tiny_sd15, sd15_run, prompt_file):
     generate.main(arguments(sd15_run, tiny_sd15, prompt_file, "--scheduler", "default", "--cfg_convention", "diffusers"))
     pipeline = DiffusionPipeline.from_pretrained(tiny_sd15, safety_checker=None)

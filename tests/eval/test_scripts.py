@@ -70,8 +70,8 @@ def test_spo_settings(tiny_sd15, prompt_file, tmp_path):
            "--height", 64, "--width", 64, "--num_inference_steps", 2, "--limit", 1, "--mixed_precision", "no",
            "--output_dir", tmp_path / "spo", folder=tmp_path)
     metadata = json.loads((tmp_path / "spo" / "own_seed42_64x64_2s_7.5cfg.json").read_text())[0]["metadata"]
-    assert (metadata["cfg_convention"], metadata["guidance_scale_diffusers"], metadata["scheduler"]) == (
-        "diffusers", 7.5, "default")
+    assert (metadata["cfg_convention"], metadata["guidance_scale_diffusers"], metadata["scheduler"],
+            metadata["empty_prompt"]) == ("diffusers", 7.5, "default", "pipeline")
     assert "usage" in script("generate_spo.sh", folder=tmp_path, expect=2).stderr
 
 

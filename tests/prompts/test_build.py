@@ -92,6 +92,15 @@ def test_a_fault_is_told_with_its_line(content, line, told, tmp_path):
         read_group(path)
 
 
+def test_captions_are_prompts(tmp_path):
+    """SPO's published prompts are a list of {"caption", "trainset_idx"}."""
+    (tmp_path / "g.json").write_text('[{"caption": "a red cat", "trainset_idx": 7}, {"prompt": "b", "caption": "c"}, "d"]')
+    assert read_group(tmp_path / "g.json") == ["a red cat", "b", "d"]
+    (tmp_path / "g.json").write_text('[{"caption": "a"},\n {"caption": " "}]')
+    with pytest.raises(UserError, match='line 2: entry 2 has no "prompt" or "caption" that is non-empty text'):
+        read_group(tmp_path / "g.json")
+
+
 def test_empty_and_missing_groups(tmp_path):
     (tmp_path / "g.json").write_text("[]")
     with pytest.raises(UserError, match="lists no prompt"):

@@ -5,6 +5,7 @@ import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import CLIPConfig, CLIPModel
 
 from shapes.pipeline import clip_tokenizer, text_config
-from spo.preference_model.model import StepAwarePreferenceModel
+from spo.preference_model.model import PIXEL_MEAN, PIXEL_STD, StepAwarePreferenceModel, resize_then_clamp
 from tests.pretended_gpu import GPU, move, pretended_gpu
 from common.train_options import TrainArguments, parse_arguments
 from training.checkpoints import read_progress
@@ -25,7 +26,7 @@ from training.records import read_metrics
 from models.policy import load_frozen_encoders, load_policy_and_reference, load_tokenizers_and_scheduler
 from spo.resampler import Pairs, ddim_scheduler
 from common.signals import StopSignal
-from spo.task import Progress, check_record, deal_out, digest_of, learn_from, load_judge, pair_loss
+from spo.task import Progress, check_record, deal_out, digest_of, learn_from, load_judge, pair_loss, sample_pairs
 from spo.task import train as train_spo
 from spo.options import SPOArguments, check_spo_arguments, load_prompts, warn_of_spo_flags
 
@@ -289,7 +290,7 @@ def test_on_a_gpu_nothing_of_sampling_and_learning_stays_behind(judge, request, 
     models = load_tokenizers_and_scheduler(args)
     load_frozen_encoders(models, args, torch.float32, torch.device("cpu"))
     load_policy_and_reference(models, args, torch.float32, torch.device("cpu"))
-    referee, scheduler = load_judge(args, torch.float32, torch.device("cpu")), ddim_scheduler(models.scheduler, 5)
+    referee, scheduler = load_judge(args, torch.device("cpu")), ddim_scheduler(models.scheduler, 5)
     accelerator = SimpleNamespace(device=GPU, autocast=nullcontext)
     with pretended_gpu():
         for module in (models.vae, *models.text_encoders, models.policy, referee.spm):
@@ -301,8 +302,45 @@ def test_on_a_gpu_nothing_of_sampling_and_learning_stays_behind(judge, request, 
         loss, logs = pair_loss(models.policy, models.policy, models, conditioning, pairs, scheduler, args, accelerator)
         assert loss.device == GPU and all(value.device == GPU for value in logs.values())
         tokens = tokenize(referee.tokenizer, PROMPTS[:2]).to(GPU)
-        score = referee.spm(decode_latents(models.vae, pairs.x_next[:2, 0]), pairs.step[:2], tokens)
+        images = decode_latents(models.vae, pairs.x_next[:2, 0])
+        score = referee.spm(resize_then_clamp(images, referee.spm.image_size), pairs.step[:2], tokens)
         assert score.device == GPU and score.shape == (2,)
+
+
+def test_the_judge_scores_in_float32_what_is_resized_before_it_is_clamped(judge, monkeypatch):
+    """Under bf16 too. The VAE here only undoes the scaling; a score by hand is CLIP's own, of the images
+    halved by the bicubic's weights (-3, 19, 19, -3) / 32 a side, and then clamped."""
+    args = SimpleNamespace(spm_clip=judge, spm_tokenizer=judge, spm_checkpoint=judge / "spm.bin", cache_dir=None, seed=0,
+                           spo_num_steps=20, spo_eta=1.0, spo_divert_start_step=4, spo_k=4, spo_num_inner_step=0,
+                           spo_threshold=0.3, spo_guidance=5.0)
+    vae = SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(scaling_factor=0.5),
+                          decode=lambda latents, return_dict: [latents[:, :3]])
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0,
+                                  autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    programs = []
+    monkeypatch.setattr("spo.task.resample", lambda predict, score, scheduler, config, generators, shape, device:
+                        (programs.append(score), (Pairs.none(shape, config, device), []))[1])
+    referee = load_judge(args, torch.device("cpu"))
+    sample_pairs(None, SimpleNamespace(vae=vae, latent_shape=(4, 64, 64)), referee, None, None, PROMPTS, np.array([1, 4]),
+                 Progress(), args, accelerator)
+    latents = torch.randn(4, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([0, 1, 0, 1])
+    ours = programs[0](latents, 0, rows)
+
+    images = torch.nn.functional.pad(2 * latents[:, :3], (1, 1, 1, 1), mode="replicate")
+    weights = torch.tensor([-3, 19, 19, -3]) / 32
+    half = torch.nn.functional.conv2d(images, (weights[:, None] * weights).expand(3, 1, 4, 4), stride=2, groups=3)
+    pixels = (half / 2 + 0.5).clamp(0, 1)
+    assert (pixels == 0).any() and (pixels == 1).any()
+    clip = CLIPModel.from_pretrained(judge)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (PIXEL_MEAN, PIXEL_STD))
+    with torch.no_grad():
+        image = clip.get_image_features(pixel_values=(pixels - mean) / std).pooler_output
+        text = clip.get_text_features(input_ids=tokenize(referee.tokenizer, [PROMPTS[1], PROMPTS[4]])).pooler_output
+        expected = clip.logit_scale.exp() * torch.cosine_similarity(image, text[rows])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-4)
+    with accelerator.autocast():
+        assert (programs[0](latents, 0, rows) - expected).abs().max() > 2e-3  # what the old way made of them
 
 
 def test_options_that_do_nothing_are_named(capsys):

@@ -2,6 +2,7 @@ import pytest
 
 from common.train_options import parse_arguments
 from common.errors import UserError
+from spo.options import SPOArguments
 
 BASE = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "pairs"]
 
@@ -76,6 +77,12 @@ def test_no_data_is_an_error_that_names_both_ways():
 def test_a_flag_that_is_ignored_is_worth_a_warning(flags, word, capsys):
     parse_arguments(BASE + flags)
     assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["sd15_spo", "sdxl_spo"])
+def test_a_preset_of_no_warm_up_is_not_worth_a_warning(preset, capsys):
+    parse_arguments(["--config", f"configs/train/{preset}.yaml"], SPOArguments)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_result_never_overwrites_what_it_is_made_from(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from spo.preference_model.model import EVALUATION_TIMESTEPS, PIXEL_MEAN, PIXEL_STD, StepAwarePreferenceModel, load_spm
+from spo.preference_model.model import (EVALUATION_TIMESTEPS, PIXEL_MEAN, PIXEL_STD, StepAwarePreferenceModel, clamp_resize_clamp, load_spm,
+                       resize_then_clamp)
 from common.errors import UserError
 
 TIMESTEPS = (*EVALUATION_TIMESTEPS, 1, 50, 999)
@@ -56,11 +57,24 @@ def test_untrained_model_is_pickscore_at_every_timestep(t):
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_resize_is_bicubic_without_antialiasing():
-    pixels, input_ids = inputs(size=48)
-    small = torch.nn.functional.interpolate(pixels, (32, 32), mode="bicubic", antialias=False)
-    ours = scores(StepAwarePreferenceModel(tiny_clip()).eval(), pixels, input_ids, 0)
-    torch.testing.assert_close(ours, pickscore(tiny_clip(), small, input_ids), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("row, in_spo, in_training", [
+    # Halved without antialiasing, a row x becomes (0.5 x0 + 0.59375 x1 - 0.09375 x2, -0.09375 x1 + 0.59375 x2 + 0.5 x3).
+    ([0.0, 0.0, 0.5, 0.0], [0.4765625, 0.6484375], [0.4765625, 0.6484375]),  # in range both are the same
+    ([0.0, 0.0, 3.0, 0.0], [0.359375, 1.0], [0.453125, 0.796875]),  # the VAE overshoots: SPO clamps what it makes of it
+    ([1.0, 1.0, -1.0, -1.0], [1.0, 0.0], [1.0, 0.0]),  # an edge: the bicubic overshoots, to 1.09375 and -0.09375
+])
+def test_each_program_clamps_where_the_official_one_does(row, in_spo, in_training):
+    images = torch.tensor(row).expand(2, 3, 4, 4)
+    for prepare, expected in ((resize_then_clamp, in_spo), (clamp_resize_clamp, in_training)):
+        torch.testing.assert_close(prepare(images, 2), torch.tensor(expected).expand(2, 3, 2, 2))
+
+
+def test_time_embedder_starts_at_two_hundredths():
+    torch.manual_seed(0)
+    for linear in (StepAwarePreferenceModel(tiny_clip(width=128)).model.t_embedder.mlp[i] for i in (0, 2)):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.03)  # torch's own start: 0.036 and 0.051
+        assert linear.weight.abs().max() > 0.06  # normal, not uniform
+        assert not linear.bias.any()
 
 
 def test_trained_conditioning_depends_on_the_timestep_and_every_part_gets_a_gradient():

@@ -1,18 +1,23 @@
 """The preference model's training program: loss, labels, weights, and a run on tiny models."""
 
+import io
 import json
 import math
+from types import SimpleNamespace
 
 import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel
+from accelerate import Accelerator
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from shapes.pipeline import clip_tokenizer, text_config
-from spo.preference_model.data import LabelledPairs
+from spo.preference_model.data import LabelledPairs, clip_square
 from spo.preference_model.model import EVALUATION_TIMESTEPS, load_spm
-from spo.preference_model.train import labels_from_scores, parse_spm_arguments, preference_cross_entropy, train
+from spo.preference_model.train import (Restorer, accuracies, agreement, labels_from_scores, parse_spm_arguments, preference_cross_entropy,
+                       train, warmup_then_decay)
 from training.checkpoints import read_progress
 from common.errors import UserError
 from common.signals import StopSignal
@@ -32,6 +37,60 @@ def test_relabelling_calls_close_scores_a_tie():
     difference = 2 * math.atanh(0.1)  # of scores whose probabilities differ by 0.1
     scores = torch.tensor([[difference * 0.99, difference * 1.01, 0.0], [0.0, 0.0, 5.0]])
     assert labels_from_scores(scores, 0.1).tolist() == [0.5, 1.0, 0.0]
+
+
+def test_relabelling_scores_in_float32():
+    """48 ones against 48 times 254/255, summed: 0.188 apart, a difference of 0.0939 in probability and so a tie. In bf16
+    the second sum is 47.75: 0.25 apart, 0.1244, and decided."""
+    def judge(pixels, timestep, input_ids):
+        return torch.nn.functional.linear(pixels.flatten(1), torch.ones(1, 48))[:, 0]
+
+    accelerator = SimpleNamespace(autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    restorer = Restorer(None, None, judge, None, SimpleNamespace(relabel_threshold=0.1), accelerator)
+    restorer.input_ids = lambda batch: None
+    batch = {"judged": torch.tensor([255, 254], dtype=torch.uint8).view(1, 2, 1, 1, 1).expand(1, 2, 3, 4, 4)}
+    assert restorer.labels(batch).tolist() == [0.5]
+    with accelerator.autocast():
+        assert restorer.labels(batch).tolist() == [1.0]
+
+
+def test_warm_up_is_logarithmic_and_the_decay_linear():
+    """DeepSpeed's WarmupDecayLR, 500 of 8000 steps: ln(51) / ln(500) = 3.931826 / 6.214608 = 0.632675."""
+    rates = [warmup_then_decay(step, 500, 8000) for step in range(8001)]
+    assert rates[50] == pytest.approx(0.632675, abs=1e-6)
+    assert [rates[step] for step in (0, 499, 500, 4250, 8000)] == [0, 1, 1, 0.5, 0]
+    assert sum(rates[:500]) == pytest.approx(420.2, abs=0.1)  # linear: 249.5
+    assert [warmup_then_decay(step, 0, 4) for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+    assert [warmup_then_decay(step, 1, 3) for step in range(4)] == [0, 1, 0.5, 0]
+
+
+def test_agreement_counts_a_tie_one_half():
+    scores = torch.tensor([[2.0, 2.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    assert agreement(scores, torch.tensor([1.0, 0.0, 0.5, 1.0])).tolist() == [1, 0, 0.5, 0]
+
+
+@pytest.mark.parametrize("relabels, raw, restored", [(False, 1.5 / 4, 2.5 / 4), (True, 1 / 3, 2 / 3)])
+def test_accuracy_at_zero_looks_at_the_images_themselves(relabels, raw, restored):
+    """Pairs of plain images, the brighter one scores higher; what is restored is the negative. The first pair is judged
+    right as it is, the second and fourth wrong, the third is a tie; the fifth cannot be used."""
+    class Pairs(list):
+        def __getitem__(self, place):
+            return super().__getitem__(place[1])
+
+    pairs = Pairs({"pixel_values": torch.tensor(values).view(2, 1, 1, 1).expand(2, 3, 4, 4), "label_0": torch.tensor(label),
+                   "passed_over": torch.tensor(int(number == 4))}
+                  for number, (values, label) in enumerate([([0.5, -0.5], 1.0), ([0.5, -0.5], 0.0), ([0.5, -0.5], 0.5),
+                                                            ([-0.5, 0.5], 1.0), ([0.5, -0.5], 1.0)]))
+    restorer = SimpleNamespace(judge=object() if relabels else None, labels=lambda batch: batch["label_0"],
+                               input_ids=lambda batch: None,
+                               images=lambda batch, t: -batch["pixel_values"].transpose(0, 1).flatten(0, 1))
+
+    def spm(pixels, timestep, input_ids):
+        return pixels.mean(dim=(1, 2, 3))
+
+    spm.image_size = 2
+    found = accuracies(spm, restorer, pairs, 2, Accelerator(cpu=True))
+    assert found == pytest.approx({f"accuracy_t{t}": restored if t else raw for t in EVALUATION_TIMESTEPS})
 
 
 @pytest.fixture
@@ -62,6 +121,21 @@ def test_odd_pairs_are_refused(table):
         make(table.remove_columns("label_0").add_column("label_0", column))
     with pytest.raises(UserError, match="no labelled pair"):
         make(table.remove_columns("label_0").add_column("label_0", [None] * len(table)))
+
+
+@pytest.mark.parametrize("size", [(107, 67), (67, 100), (64, 64)])
+def test_images_are_cut_as_clip_cuts_them(size, table):
+    """transformers' processor with the official sizes: the base's for what is noised, the tower's for what PickScore sees."""
+    image = Image.effect_noise(size, 90).convert("RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    few = with_column(table.select([0]), "jpg_0", [file.getvalue()])
+    pair = LabelledPairs(few, "caption", 64, (4, 8, 8), 0, "here", judge_size=32)[0, 0]
+    for ours, side in ((pair["pixel_values"][0] / 2 + 0.5, 64), (pair["judged"][0] / 255, 32)):
+        processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+                                          do_normalize=False)
+        torch.testing.assert_close(ours, processor(image, return_tensors="pt")["pixel_values"][0], rtol=0, atol=1e-6)
+    assert "judged" not in LabelledPairs(few, "caption", 64, (4, 8, 8), 0, "here")[0, 0]
 
 
 def with_column(table, name, values):
