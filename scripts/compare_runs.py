@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
 
 ROOT = Path(__file__).parents[1]
 COMMON = ["--resolution=64", "--mixed_precision=no", "--lr_warmup_steps=0", "--max_train_steps=4", "--train_batch_size=2",
@@ -42,15 +43,18 @@ def make_inputs(folder: Path) -> dict[str, Path]:
     """Tiny pipelines, pairs and a tiny CLIP, made once by this tree and read by both."""
     sys.path.insert(0, str(ROOT))
     from shapes.pairs import write_pairs
-    from shapes.pipeline import build_pipeline
-    from shapes.spo_comparison import make_clip
+    from shapes.pipeline import build_pipeline, clip_tokenizer, text_config
 
     paths = {name: folder / name for name in ("sd15", "sdxl", "pairs", "clip")}
     if not paths["clip"].is_dir():
         for kind in ("sd15", "sdxl"):
             build_pipeline(paths[kind], kind)
         write_pairs(paths["pairs"], 64, seed=0)
-        make_clip(paths["clip"])
+        torch.manual_seed(0)
+        vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+        CLIPModel(CLIPConfig(text_config=text_config(32, 1).to_dict(), vision_config=vision, projection_dim=32)
+                  ).save_pretrained(paths["clip"])
+        clip_tokenizer().save_pretrained(paths["clip"])
     return paths
 
 
@@ -59,7 +63,7 @@ def command(tree: Path, case: str, paths: dict[str, Path], output: Path) -> list
     words = [f"--pretrained_model_name_or_path={paths[base]}", f"--train_data_dir={paths['pairs']}", f"--output_dir={output}"]
     clip = [f"--spm_clip={paths['clip']}", f"--spm_tokenizer={paths['clip']}"]
     if case in SPM:
-        module = "spo.preference_model.train" if (tree / "spo").is_dir() else "spo.preference_model.train"
+        module = "spo.preference_model.train" if (tree / "spo").is_dir() else "spm" ".train"  # before the move
         allowed = ("--resolution", "--mixed", "--max_train", "--train_batch", "--gradient_acc", "--seed", "--checkpointing",
                    "--report", "--learning_rate", "--lr_warmup")
         return [sys.executable, "-m", module, *words, *clip, *[word for word in COMMON if word.startswith(allowed)],
