@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from common.errors import UserError, warn
 from common.options import declaration, default_of, option, parse, warn_of_ignored
+
 PAIRWISE = ("diffusion-dpo", "dspo", "dmpo")
 OFFLINE = (*PAIRWISE, "sft")
 
@@ -52,22 +53,25 @@ class DataOptions:
     caption_column: str = option("caption", "caption column")
     max_train_samples: int | None = option(None, "use a seeded shuffle's first N pairs (spo: prompts)", at_least=1)
     resolution: int | None = option(None, "training size in pixels", at_least=8, default_text="the base's: 512, SDXL 1024")
-    random_crop: bool = option(False, "random instead of centre crops, drawn for each image")
-    no_hflip: bool = option(False, "no horizontal flips")
-    paired_hflip: bool = option(False, "flip winner and loser together instead of independently")
-    proportion_empty_prompts: float = option(0.2, "share of prompts replaced by the empty one", at_least=0, at_most=1)
+    random_crop: bool = option(False, "random instead of centre crops, drawn for each image", methods=OFFLINE)
+    no_hflip: bool = option(False, "no horizontal flips", methods=OFFLINE)
+    paired_hflip: bool = option(False, "flip winner and loser together instead of independently", methods=OFFLINE)
+    proportion_empty_prompts: float = option(0.2, "share of prompts replaced by the empty one", at_least=0, at_most=1,
+                                             methods=OFFLINE)
     choice_model: Literal["aes", "clip", "hps", "pickscore", "imagereward", "oracle"] | None = option(
-        None, "relabel the pairs by this scorer; oracle: of drawn shapes")
+        None, "relabel the pairs by this scorer; oracle: of drawn shapes", methods=OFFLINE)
     metrics_config: str | None = option(None, "model ids and paths of --choice_model (default configs/metrics.yaml)",
-                                        free=True, needs="choice_model")
-    dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models")
-    dataloader_num_workers: int = option(0, "processes that decode images, a device; one a core at most", at_least=0, free=True)
+                                        free=True, needs="choice_model", methods=OFFLINE)
+    dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models", methods=OFFLINE)
+    dataloader_num_workers: int = option(0, "processes that decode images, a device; one a core at most", at_least=0, free=True,
+                                         methods=OFFLINE)
     cached_dataset: str | None = option(None, "a folder made by data.cache with the same flags: its encoded images "
-                                        "and prompts replace VAE and text encoders", free=True)
-    noise_offset: float = option(0.0, "scale of a per-channel offset added to the noise", at_least=0)
-    input_perturbation: float = option(0.0, "scale of extra noise on the model's input, shared by the pair", at_least=0)
+                                        "and prompts replace VAE and text encoders", free=True, methods=OFFLINE)
+    noise_offset: float = option(0.0, "scale of a per-channel offset added to the noise", at_least=0, methods=OFFLINE)
+    input_perturbation: float = option(0.0, "scale of extra noise on the model's input, shared by the pair", at_least=0,
+                                       methods=OFFLINE)
     max_bad_fraction: float = option(0.01, "stop when clearly more than this share of the pairs cannot be used", at_least=0,
-                                     at_most=1, free=True)
+                                     at_most=1, free=True, methods=OFFLINE)
 
     @property
     def source(self) -> str | None:
