@@ -7,6 +7,7 @@ last hidden state, SDXL two encoders' hidden_states[-2], a pooled embedding and 
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import (AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline,
                        StableDiffusionXLPipeline, UNet2DConditionModel)
@@ -104,6 +105,14 @@ class StableDiffusion15:
     def tokenize(self, captions: list[str]) -> Text:
         """input_ids.N (B, 77) for each tokenizer, padded and truncated."""
         return {f"input_ids.{number}": tokenize(tokenizer, captions) for number, tokenizer in enumerate(self.tokenizers)}
+
+    longer_text = "no option reads more"
+
+    def tokens_read(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Each caption's tokens without the two special ones, and how many of them are read: (B,) each."""
+        lengths = [len(ids) for ids in self.tokenizers[0]([text[:MAX_CAPTION_CHARACTERS] for text in captions],
+                                                          add_special_tokens=False).input_ids]
+        return np.array(lengths), np.minimum(lengths, self.tokenizers[0].model_max_length - 2)
 
     @torch.no_grad()
     def encode_text(self, tokens: Text) -> Text:
