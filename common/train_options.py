@@ -124,7 +124,7 @@ class OptimizerOptions:
         None, "peak learning rate, before --scale_lr", above=0,
         default_text="published: 1e-8, SDXL 1e-9, with --scale_lr; without it 2e-5, SDXL 2e-6, LoRA 1e-4")
     scale_lr: bool = option(False, "multiply the learning rate by devices * batch * accumulation")
-    lr_scheduler: str = option("constant_with_warmup", "a schedule of diffusers.optimization")
+    lr_scheduler: str = option("constant_with_warmup", "a schedule of diffusers.optimization, or warmup_then_decay: DeepSpeed's")
     lr_warmup_steps: int | None = option(None, "optimizer steps of linear warm-up", at_least=0,
                                          default_text="published: 500, and a quarter of a shorter run")
     optimizer: Literal["auto", "adamw", "adamw8bit", "adafactor", "sgd"] = option(
@@ -223,24 +223,14 @@ def check_options(options: TrainOptions) -> None:
         if "train_method" in given and objective.train_method != "sft":
             raise UserError(f"--sft and --train_method {objective.train_method} contradict each other: drop one")
         objective.train_method = "sft"
-    if not model.pretrained_model_name_or_path:
-        raise UserError("name the base model: --pretrained_model_name_or_path (a diffusers folder or a hub id)")
-    if not run.output_dir.strip():
-        raise UserError("--output_dir names no folder")
+    check_run_options(options)
     if optimizer.use_8bit_adam and (optimizer.use_adafactor or optimizer.optimizer not in ("auto", "adamw8bit")):
         other = "use_adafactor" if optimizer.use_adafactor else f"optimizer {optimizer.optimizer}"
         raise UserError(f"--use_8bit_adam and --{other} contradict each other: drop one")
     if optimizer.use_adafactor and optimizer.optimizer not in ("auto", "adafactor"):
         raise UserError(f"--use_adafactor and --optimizer {optimizer.optimizer} contradict each other: drop one")
-    if data.resolution is not None and data.resolution % 8:
-        raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}")
     if optimizer.max_train_steps == 0 and optimizer.num_train_epochs == 0:
         raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
-    for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("unet_init", model.unet_init),
-                         ("pretrained_vae_model_name_or_path", model.pretrained_vae_model_name_or_path),
-                         ("train_data_dir", data.train_data_dir)):
-        if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(run.output_dir):
-            raise UserError(f"--output_dir is --{name} itself, which the result would overwrite: name another folder")
     check_data_options(data, objective)
     if objective.safeguards_parameters:
         if objective.winner_preserving_granularity == "sample":
@@ -251,10 +241,26 @@ def check_options(options: TrainOptions) -> None:
             raise UserError(f"--winner_preserving_space parameter does not go with {other}: drop one")
     if any("\ud800" <= character <= "\udfff" for character in "".join(run.validation_prompts)):
         raise UserError("--validation_prompts holds bytes that are not UTF-8 text")
-    if run.seed is not None and run.seed >= 2**63:
-        raise UserError(f"--seed must lie in [0, 2^63), not {run.seed}")
     warn_of_ignored(options.groups(), given, objective.train_method)
     _warn_of_combinations(options)
+
+
+def check_run_options(options: TrainOptions) -> None:
+    """What every program that trains asks of its base, its size, its seed and its folder. Raises UserError."""
+    model, data, run = options.model, options.data, options.run
+    if not model.pretrained_model_name_or_path:
+        raise UserError("name the base model: --pretrained_model_name_or_path (a diffusers folder or a hub id)")
+    if not run.output_dir.strip():
+        raise UserError("--output_dir names no folder")
+    if data.resolution is not None and data.resolution % 8:
+        raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}")
+    for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("unet_init", model.unet_init),
+                         ("pretrained_vae_model_name_or_path", model.pretrained_vae_model_name_or_path),
+                         ("train_data_dir", data.train_data_dir)):
+        if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(run.output_dir):
+            raise UserError(f"--output_dir is --{name} itself, which the result would overwrite: name another folder")
+    if run.seed is not None and run.seed >= 2**63:
+        raise UserError(f"--seed must lie in [0, 2^63), not {run.seed}")
 
 
 def check_data_options(data: DataOptions, objective: ObjectiveOptions) -> None:

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from common.errors import UserError, warn
 from models.family import Text
 from common.train_options import ModelOptions
-from models.tokens import tokenize
+from models.tokens import MAX_CAPTION_CHARACTERS, tokenize
 from models.weights import from_hub
 
 TURBO_TIMESTEPS = (249, 499, 749, 999)

@@ -30,6 +30,13 @@ def clip_square(image: Image.Image, size: int) -> Tensor:
     return F.pil_to_tensor(F.crop(image, (image.height - size) // 2, (image.width - size) // 2, size, size))
 
 
+def check_columns(table: datasets.Dataset, caption_column: str, source: str) -> None:
+    missing = [name for name in (*COLUMNS, caption_column) if name not in table.column_names]
+    if missing:
+        raise UserError(f"{source} lacks {', '.join(missing)}; it has {', '.join(table.column_names)}. Pairs need caption, "
+                        "jpg_0, jpg_1 and label_0")
+
+
 class LabelledPairs(PairDataset):
     """(position, index) -> one pair as tensors; ties stay in. A pair that cannot be used is replaced as PairDataset does it.
 
@@ -46,10 +53,7 @@ class LabelledPairs(PairDataset):
                  rows: np.ndarray | None = None, judge_size: int | None = None):
         """rows: those of the table that are meant (None: all). Raises UserError for missing columns, odd labels, or when no
         row has a label."""
-        missing = [name for name in (*COLUMNS, data.caption_column) if name not in table.column_names]
-        if missing:
-            raise UserError(f"{source} lacks {', '.join(missing)}; it has {', '.join(table.column_names)}. Pairs need "
-                            "caption, jpg_0, jpg_1 and label_0")
+        check_columns(table, data.caption_column, source)
         rows = np.arange(len(table)) if rows is None else rows
         try:
             labels = np.array([np.nan if label is None else label for label in column_values(table, "label_0")[rows]],
@@ -103,8 +107,9 @@ def load_pairs(data: DataOptions, split: str, latent_shape: tuple[int, int, int]
                ) -> tuple[LabelledPairs, LabelledPairs | None]:
     """Pairs to train on and to validate on, of the split (None for "none"). Local data without Pick-a-Pic's validation split
     is validated on pairs held out of those to train on. Raises UserError."""
-    table, source, rows = load_table(data, cache_dir), data.source, None
-    validation, held_out = None, None
+    table, source = load_table(data, cache_dir), data.source
+    check_columns(table, data.caption_column, source)
+    validation = rows = held_out = None
     if split != "none":
         try:
             validation = load_table(replace(data, split=split), cache_dir)
