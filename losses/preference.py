@@ -16,7 +16,8 @@ from losses.safeguard import scale_gradient, winner_preserving_scale
 @dataclass
 class PreferenceLoss:
     """loss: scalar, to be minimised. margin: (B,) logits, detached; u, but m for mapo and None for sft.
-    winner_scale: lambda, () or (B,). logs: scalars on the device, detached, under the names that the trackers show. Nothing here waits for the device."""
+    winner_scale: lambda, () or (B,).
+    logs: scalars on the device, detached, under the names that the trackers show. Nothing here waits for the device."""
 
     loss: Tensor
     margin: Tensor | None
