@@ -1,6 +1,5 @@
 """What a finished run leaves: the network's weights, and a diffusers pipeline that opens as it is."""
 
-import diffusers
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -37,7 +36,6 @@ def save_result(run: Run, family: Family, policy: Policy) -> str:
 
 def save_pipeline(run: Run, family: Family, network: nn.Module) -> None:
     """The base pipeline with this network, so that DiffusionPipeline.from_pretrained(output_dir) opens it."""
-    diffusers.utils.logging.disable_progress_bar()
     options, parts = family.options, {family.backbone: network}
     if options.pretrained_vae_model_name_or_path:
         parts["vae"] = family.read_vae()
