@@ -47,14 +47,16 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         outcome = fit(task, run, watch)
 
         # 5. The result: weights, and a pipeline that diffusers opens.
+        left = None
         if outcome.finished and outcome.step > 0:
             from training.result import save_result
             left = save_result(run, family, task.policy)
-            if run.main:
-                print(f"Done: {left}", flush=True)
-                if options.run.push_to_hub:
-                    from training.hub import push
-                    print(f"Published at {push(options, family.license)}", flush=True)
+        run.accelerator.end_training()
+        if left and run.main:
+            print(f"Done: {left}", flush=True)
+            if options.run.push_to_hub:
+                from training.hub import push
+                print(f"Published at {push(options, family.license)}", flush=True)
     return outcome
 
 
