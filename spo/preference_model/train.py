@@ -31,10 +31,10 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         run = start_run(options, stop)
         task = make_task(run, family)
         outcome = fit(task, run, watch)
-        if outcome.finished:
-            path = task.save_result()
-            if run.main:
-                print(f"Done: {path}", flush=True)
+        path = task.save_result() if outcome.finished else None
+        run.accelerator.end_training()
+        if path and run.main:
+            print(f"Done: {path}", flush=True)
     return outcome
 
 
