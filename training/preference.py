@@ -123,9 +123,8 @@ class PreferenceTask:
 
     def settle(self, step: int, logs: dict[str, float]) -> str | None:
         self.results = []
-        if self.run.main:
-            for warning in self.watch(step, logs):
-                warn(warning)
+        for warning in self.watch(step, logs):
+            self.run.warn(warning)
         self.bad.settle_together(logs)
         logs |= {"pairs_seen": float(self.bad.pairs_seen), "epoch": self.bad.pairs_seen / len(self.pairs)}
         return self.bad.message() if self.bad.too_many else None
