@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError, warn
+from common.errors import UserError
 from losses.spo import clipped_ratio, ddim_gaussian, gaussian_log_prob, spo_loss
 from models.family import Family
 from models.guidance import guided, select
@@ -102,8 +102,7 @@ class SPOTask:
                 self.run.accelerator.log(self.round.logs, step=step)
             if self.progress.prompts >= len(self.sampler.prompts):
                 if self.progress.learned == 0:
-                    if self.run.main:
-                        warn(self.no_pairs_message())
+                    self.run.warn(self.no_pairs_message())
                     return
                 self.progress = Progress(epoch=self.progress.epoch + 1)
             if not groups:

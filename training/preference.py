@@ -93,9 +93,8 @@ class PreferenceTask(StoredPairs):
     # --- after a step ----------------------------------------------------------------------------------------------------
 
     def settle(self, step: int, logs: dict[str, float]) -> str | None:
-        if self.run.main:
-            for warning in self.watch(step, logs):
-                warn(warning)
+        for warning in self.watch(step, logs):
+            self.run.warn(warning)
         return super().settle(step, logs)
 
     def validate(self, step: int) -> None:

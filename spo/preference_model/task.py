@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.errors import warn
 from common.files import read_json, whole_file, write_json
 from models.devices import writing
 from models.family import Family
@@ -64,19 +63,20 @@ class SPMTask(StoredPairs):
         return StepLoss(loss, {"train_loss": loss.detach(), "accuracy": agreement(scores, labels).mean()})
 
     def validate(self, step: int) -> None:
-        run, split = self.run, self.run.options.more[0].validation_split
+        run = self.run
         if self.validation is None:
             return
         self.trained.eval()
         found = accuracies(run, self.trained, self.restorer, self.validation)
         self.trained.train()
         run.accelerator.log(found, step=step)
-        if run.main and not found:
-            warn(f"no pair of {split} counts: there is no accuracy to report")
-        elif run.main:
+        if not found:
+            run.warn("no pair to validate on counts: there is no accuracy to report")
+            return
+        if run.main:
             add_accuracies(run.output_dir, step, found)
-            shown = "  ".join(f"t={t} {found[f'accuracy_t{t}']:.3f}" for t in EVALUATION_TIMESTEPS)
-            print(f"step {step}: accuracy on {len(self.validation)} pairs: {shown}", flush=True)
+        shown = "  ".join(f"t={t} {found[f'accuracy_t{t}']:.3f}" for t in EVALUATION_TIMESTEPS)
+        run.say(f"step {step}: accuracy on {len(self.validation)} pairs: {shown}")
 
     def summary(self) -> dict[str, str]:
         run, options, optimizer = self.run, self.run.options, self.run.options.optimizer

@@ -33,8 +33,8 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         outcome = fit(task, run, watch)
         path = task.save_result() if outcome.finished else None
         run.accelerator.end_training()
-        if path and run.main:
-            print(f"Done: {path}", flush=True)
+        if path:
+            run.say(f"Done: {path}")
     return outcome
 
 
