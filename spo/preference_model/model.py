@@ -131,8 +131,8 @@ def load_spm(clip_path: str | os.PathLike, checkpoint: str | os.PathLike | None 
              cache_dir: str | None = None) -> StepAwarePreferenceModel:
     """The model made from the CLIP `clip_path` (PickScore), with a checkpoint's weights put in, in float32.
 
-    checkpoint: an official .bin, a file written by `python -m spo.preference_model.train`, or ORG/REPO/FILE.bin on the hub; None leaves
-    the identity initialisation. Raises UserError for a missing or damaged file and for one of another size.
+    checkpoint: an official .bin, a file written by `python -m spo.preference_model.train`, or ORG/REPO/FILE.bin on the hub;
+    None leaves the identity initialisation. Raises UserError for a missing or damaged file and for one of another size.
     """
     spm = StepAwarePreferenceModel(from_hub(CLIPModel, clip_path, "the CLIP of the step-aware preference model",
                                             cache_dir=cache_dir))

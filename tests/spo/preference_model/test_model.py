@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from spo.preference_model.model import (EVALUATION_TIMESTEPS, PIXEL_MEAN, PIXEL_STD, StepAwarePreferenceModel, clamp_resize_clamp, load_spm,
-                       resize_then_clamp)
 from common.errors import UserError
+from spo.preference_model.model import (EVALUATION_TIMESTEPS, PIXEL_MEAN, PIXEL_STD, StepAwarePreferenceModel,
+                                        clamp_resize_clamp, load_spm, resize_then_clamp)
 
 TIMESTEPS = (*EVALUATION_TIMESTEPS, 1, 50, 999)
 
