@@ -19,6 +19,7 @@ from losses.spo import clipped_ratio, ddim_gaussian, gaussian_log_prob, spo_loss
 from models.family import Family
 from models.guidance import guided, select
 from models.policy import Policy, load_policy
+from spo.preference_model.model import check_base
 from spo.resampler import Pairs, ddim_scheduler, previous_timestep
 from spo.sampling import Judge, Progress, Round, Sampler, load_judge, load_prompts
 from training.fit import StepLoss
@@ -214,6 +215,7 @@ class SPOTask:
 def make_task(run: Run, family: Family) -> SPOTask:
     """Prompts first, before any large model is read; then the judge, encoders, policy and reference. Raises UserError."""
     options = run.options
+    check_base(family)
     ddim_scheduler(family.scheduler, options.more[0].spo_num_steps)  # refuses what the base has no room for
     with run.accelerator.main_process_first():
         prompts = load_prompts(options)

@@ -13,8 +13,8 @@ from models.family import Family
 from models.networks import load_network
 from models.policy import cast_compute_weights
 from spo.preference_model.data import LabelledPairs, load_pairs
-from spo.preference_model.model import (EVALUATION_TIMESTEPS, StepAwarePreferenceModel, clamp_resize_clamp, load_spm,
-                                        load_spm_tokenizer)
+from spo.preference_model.model import (EVALUATION_TIMESTEPS, StepAwarePreferenceModel, check_base, clamp_resize_clamp,
+                                        load_spm, load_spm_tokenizer)
 from spo.preference_model.restore import Restorer, accuracies, agreement
 from training.fit import StepLoss
 from training.run import Run
@@ -115,6 +115,7 @@ def make_task(run: Run, family: Family) -> SPMTask:
     UserError."""
     options, own = run.options, run.options.more[0]
     data, cache_dir = options.data, options.model.cache_dir
+    check_base(family)
     tokenizer = load_spm_tokenizer(own.spm_tokenizer, cache_dir)
     with run.accelerator.main_process_first():
         pairs, validation = load_pairs(data, own.validation_split, family.latent_shape(data.resolution, data.resolution),
