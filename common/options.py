@@ -13,7 +13,7 @@ import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
 
@@ -26,7 +26,7 @@ class Declaration:
 
     at_least, above, at_most, below: bounds of a number. free: a resumed run may change it. methods: the training methods
     that read it (None: all). needs: the option without which it does nothing. default_text: the default in words, where
-    it is None and settled later.
+    it is None and settled later. positional: given by its place, without a flag.
     """
 
     help: str
@@ -38,6 +38,7 @@ class Declaration:
     methods: tuple[str, ...] | None = None
     needs: str | None = None
     default_text: str | None = None
+    positional: bool = False
 
     def fault(self, value) -> str | None:
         """What is wrong with a number, as the rest of a sentence that begins with the option's name."""
@@ -134,6 +135,9 @@ def _add(section, f: dataclasses.Field) -> None:
         settings |= {"type": kind, "metavar": None if choices else kind.__name__.upper()}
         settings |= {"choices": choices} if choices else {}
         settings |= {"nargs": "+"} if many else {}
+    if declaration(f).positional:
+        section.add_argument(f.name, **{name: value for name, value in settings.items() if name != "required"})
+        return
     names = [f"--{f.name}"] + [f"--{f.name.replace('_', '-')}"] * (f.name == "local_rank")  # as torch's launcher writes it
     section.add_argument(*names, dest=f.name, **settings)
 
@@ -142,7 +146,7 @@ def option_type(f: dataclasses.Field) -> tuple[type, tuple[str, ...], bool]:
     """The type of an option's (or of each of its) values, what they are chosen from if anything, and whether there are
     several."""
     kind = f.type
-    if isinstance(kind, UnionType):  # X | None
+    if get_origin(kind) in (UnionType, Union):  # X | None; the latter where X is a Literal
         kind = next(part for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is list:
         return get_args(kind)[0], (), True

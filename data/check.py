@@ -24,7 +24,7 @@ from data.bad_pairs import BadPair, read_caption, read_row
 from training.checkpoints import write_whole
 from data.pairs import PairDataset, PairTable, choose_pairs, load_table
 from common.errors import UserError, run_program
-from data.images import BadImage, image_bytes, image_mode
+from common.images import BadImage, image_bytes, image_mode
 
 LONG_CAPTION = 1000  # characters; a prompt is cut at 77 tokens
 
