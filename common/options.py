@@ -105,6 +105,9 @@ def parse(groups: list[type], argv: list[str] | None = None, *, program: str, de
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, parser._option_string_actions, n=1)
         raise UserError(f"no option is called {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    missing = [f"--{name}" for name, f in declared.items() if default_of(f) is MISSING and getattr(found, name) is None]
+    if missing:
+        parser.error(f"{' and '.join(missing)} must be given")
     for name, value in vars(found).items():
         if name in declared and (fault := declaration(declared[name]).fault(value)):
             raise UserError(f"--{name} {fault}")
@@ -128,7 +131,7 @@ def _add(section, f: dataclasses.Field) -> None:
     default = default_of(f)
     settings: dict[str, Any] = {"default": default, "help": help_text(f)}
     if default is MISSING:
-        settings |= {"default": None, "required": True}
+        settings["default"] = None  # parse() asks for it, once no name is known to be mistyped
     if kind is bool:
         settings |= {"type": _truth, "nargs": "?", "const": True, "metavar": "BOOL"}
     else:
@@ -136,7 +139,7 @@ def _add(section, f: dataclasses.Field) -> None:
         settings |= {"choices": choices} if choices else {}
         settings |= {"nargs": "+"} if many else {}
     if declaration(f).positional:
-        section.add_argument(f.name, **{name: value for name, value in settings.items() if name != "required"})
+        section.add_argument(f.name, **settings | {"metavar": None if choices else f.name})
         return
     names = [f"--{f.name}"] + [f"--{f.name.replace('_', '-')}"] * (f.name == "local_rank")  # as torch's launcher writes it
     section.add_argument(*names, dest=f.name, **settings)

@@ -33,6 +33,8 @@ PARTI_PROMPTS = "https://raw.githubusercontent.com/google-research/parti/main/Pa
 
 @dataclass
 class BuildOptions:
+    title = "the prompt group"
+
     group: Literal["papv2", "hpsv2", "partiprompts"] = option(MISSING, "the group", positional=True)
     source: str | None = option(None, "a local file or folder instead of the download")
     output: str | None = option(None, "the file to write", default_text="prompts/GROUP.json")

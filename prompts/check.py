@@ -12,6 +12,8 @@ from prompts import group_path, read_group
 
 @dataclass
 class CheckOptions:
+    title = "what is checked"
+
     groups: list[str] = option(MISSING, "names of prompts/NAME.json, or files", positional=True)
 
 
