@@ -51,7 +51,7 @@ class DataOptions:
     image_column: str = option("image", "image column of a dataset without pairs", methods=("sft",))
     caption_column: str = option("caption", "caption column")
     max_train_samples: int | None = option(None, "use a seeded shuffle's first N pairs (spo: prompts)", at_least=1)
-    resolution: int | None = option(None, "training size in pixels", at_least=8, default_text="the base's: 512, SDXL 1024")
+    resolution: int | None = option(None, "training size in pixels", at_least=8, default_text="the base's own: SD1.5 512, SDXL 1024")
     random_crop: bool = option(False, "random instead of centre crops, drawn for each image")
     no_hflip: bool = option(False, "no horizontal flips")
     paired_hflip: bool = option(False, "flip winner and loser together instead of independently")

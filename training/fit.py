@@ -13,7 +13,8 @@ from common.errors import UserError
 from models.devices import agree
 from training.checkpoints import continuing, read_progress, starts_anew
 from training.guards import NonfiniteGuard
-from training.optimizers import effective_learning_rate, gradient_norm, make_optimizer, make_schedule, take_step
+from training.optimizers import (effective_learning_rate, gradient_norm, make_optimizer, make_schedule, take_step,
+                                 warn_of_tiny_rate)
 from training.records import MetricsFile, StepScalars, Throughput, bar_interval, peak_memory_gb
 from training.run import Run, write_run_file
 from training.state import LoraWeights, WholeWeights, find_checkpoint, load_checkpoint, save_checkpoint, store_weights_once
@@ -101,7 +102,10 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
 
     # 1. Optimizer and schedule.
     trainable = [parameter for parameter in task.trained.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(trainable, options.optimizer, effective_learning_rate(options.optimizer, accelerator.num_processes))
+    lr = effective_learning_rate(options.optimizer, accelerator.num_processes)
+    optimizer = make_optimizer(trainable, options.optimizer, lr)
+    if run.main:
+        warn_of_tiny_rate(trainable, options.optimizer.optimizer, lr, task.max_steps)
     schedule = make_schedule(optimizer, options.optimizer, task.max_steps)
     model, optimizer = accelerator.prepare(task.trained, optimizer)
 

@@ -54,15 +54,17 @@ class RunningMean:
 
 
 class Watch:
-    """Warns of the papers' pathology, a winner's error above the reference's, and of margins that saturate.
+    """Warns of the papers' pathology, a winner's error above the reference's, of margins that saturate, and of a safeguard
+    that never acts.
 
     A warning is repeated when its value has doubled.
     """
 
     SPAN, FIRST = 50, 20  # optimizer steps that are averaged, and the first at which a warning may come
 
-    def __init__(self, winner_rise: float, margin: float):
+    def __init__(self, winner_rise: float, margin: float, safeguarded: bool = False):
         self.rise_bound, self.margin_bound = winner_rise, margin
+        self.idle = 0 if safeguarded else None  # steps since the start in which lambda was 1; None: it acted, or is off
         self.winner, self.reference, self.margin_square = (RunningMean(self.SPAN) for _ in range(3))
 
     def __call__(self, step: int, logs: dict[str, float]) -> list[str]:
@@ -73,8 +75,14 @@ class Watch:
         rise = self.winner.add(logs.get("avg_win_diff_loss", 0.0))
         rise /= max(self.reference.add(logs.get("ref_mse_unaccumulated", 1.0)), 1e-12)
         margin = self.margin_square.add(logs["margin_mean"] ** 2 + logs["margin_std"] ** 2) ** 0.5
+        if self.idle is not None:
+            self.idle = self.idle + 1 if logs["avg_lose_l_scale"] == 1.0 else None
+            if self.idle == self.SPAN:
+                warnings.append(
+                    f"step {step}: lambda was 1 in all of the {self.SPAN} steps so far: the safeguard has changed nothing. A "
+                    "larger --winner_preserving_mu acts earlier (published: 0.9, SDXL 0.6)")
         if self.winner.count < self.FIRST:
-            return []
+            return warnings
         if rise > self.rise_bound:
             warnings.append(
                 f"step {step}: the winners' denoising error is {rise:.1%} above the reference's (--watch_winner_rise "

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import datasets
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from common.errors import UserError, warn
 from common.train_options import ObjectiveOptions, TrainOptions
 from data.cached import CachedDataset, check_cache
+from data.contradictions import contradictions
 from data.images import scale_pixels
 from data.labels import ai_feedback_labels
 from data.pairs import PairDataset, make_loader
@@ -43,7 +45,7 @@ class PreferenceTask:
         self.digest = pairs.digest()  # once: it reads every caption
         self.max_steps = (options.optimizer.max_train_steps
                           or math.ceil(options.optimizer.num_train_epochs * len(pairs) / run.pairs_per_step))
-        self.watch = Watch(options.run.watch_winner_rise, options.run.watch_margin)
+        self.watch = Watch(options.run.watch_winner_rise, options.run.watch_margin, options.objective.use_winner_preserving)
         self.validation = Validation(run, family, policy)
         self.results: list[tuple[Tensor, Tensor, Tensor | None]] = []  # of a step's micro-batches: times, loss, margin
         if options.objective.safeguards_parameters:
@@ -187,6 +189,9 @@ def make_task(run: Run, family: Family) -> PreferenceTask:
         table, images = load_rows(options, cache)
     labels = ai_feedback_labels(images, options.data, run.output_dir, run.accelerator) if options.data.choice_model else None
     pairs = choose_pairs(table, options.data, run.seed, labels, winners_only=not options.objective.needs_reference)
+    if run.main and images is not None and (groups := contradictions(replace(pairs, rows=images))):
+        warn(f"{sum(map(len, groups))} pairs contradict each other: the same two images under one caption with opposite winners "
+             f"(rows {' and '.join(map(str, groups[0]))}{', ...' * (len(groups) > 1)}); python -m data.check names all of them")
     if cache:
         check_cache(cache, options.data, family, options.memory.mixed_precision, pairs.image_columns)
     else:
