@@ -33,8 +33,8 @@ class GenerateOptions:
     seed: int = option(0, "every prompt starts from this seed; its image k from seed + k", at_least=0)
     num_images_per_prompt: int = option(1, "images of each prompt", at_least=1)
     limit: int | None = option(None, "only the first prompts of each group", at_least=1)
-    height: int | None = option(None, "in pixels", at_least=8, default_text="the base's: 512, SDXL 1024")
-    width: int | None = option(None, "in pixels", at_least=8, default_text="the base's: 512, SDXL 1024")
+    height: int | None = option(None, "in pixels", at_least=8, default_text="the base's own: SD1.5 512, SDXL 1024")
+    width: int | None = option(None, "in pixels", at_least=8, default_text="the base's own: SD1.5 512, SDXL 1024")
     num_inference_steps: int = option(50, "denoising steps; the models were trained with 1000", at_least=1, at_most=1000)
     cfg: float = option(7.5, "guidance, in the sense of --cfg_convention")
     cfg_convention: Literal["official", "diffusers"] = option(
