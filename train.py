@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
-#from spo.options import SPOOptions, check_spo_options
+from spo.options import SPOOptions, check_spo_options
 from common.train_options import TrainOptions, parse_options
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def duration(seconds: float) -> str:
 
 
 def main() -> int:
-    options = parse_options(None, description=__doc__)
-    #check_spo_options(options)
+    options = parse_options(None, SPOOptions, description=__doc__)
+    check_spo_options(options)
     quiet_libraries()
     outcome = train(options)
     return 0 if outcome.step > 0 or not outcome.finished else 3  # 3: nothing was learned, its reason was reported

@@ -210,5 +210,5 @@ def tracker_config(options: dict[str, Any]) -> dict[str, int | float | str | boo
 
 def shown_in_bar(logs: dict[str, float]) -> dict[str, str]:
     names = {"train_loss": "loss", "implicit_acc_accumulated": "acc", "accuracy": "acc", "avg_lose_l_scale": "lambda",
-             "pairs_per_second": "pairs/s"}
+             "spo/epoch": "epoch", "spo/kept_share": "kept", "pairs_per_second": "pairs/s"}
     return {short: f"{logs[name]:.4g}" for name, short in names.items() if name in logs}
