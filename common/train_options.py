@@ -111,6 +111,8 @@ class ObjectiveOptions:
                                      methods=("kto",))
     winner_error_weight: float = option(0.0, "adds this much of the winners' own error to an objective of pairs", at_least=0,
                                         methods=PAIRWISE)
+    reference_ema: float | None = option(None, "the reference follows the policy as a float32 moving average of this decay; by "
+                                               "default it stands still", above=0, below=1, methods=WITH_BETA)
     use_winner_preserving: bool = option(False, "the SDPO safeguard: scale the loser's gradient by lambda", methods=PAIRWISE)
     winner_preserving_mu: float | None = option(
         None, "the safeguard's strength; larger is more conservative", at_least=0, at_most=1, methods=PAIRWISE,
@@ -254,6 +256,8 @@ def check_options(options: TrainOptions) -> None:
     if optimizer.max_train_steps == 0 and optimizer.num_train_epochs == 0:
         raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
     check_data_options(data, objective)
+    if objective.reference_ema is not None and model.lora_rank:
+        raise UserError("--reference_ema needs a reference of its own, and LoRA's is the policy without its adapter: drop one")
     if objective.safeguards_parameters:
         if objective.train_method in ("mapo", "ipo", "kto"):
             raise UserError(f"--winner_preserving_space parameter does not go with {objective.train_method}, which may pull at the "

@@ -157,6 +157,9 @@ class SPOTask:
     def flags(self) -> dict[str, float]:
         return {}
 
+    def stepped(self) -> None:
+        pass
+
     def settle(self, step: int, logs: dict[str, float]) -> str | None:
         self.results = []
         logs |= self.round.logs

@@ -68,6 +68,9 @@ class Task(Protocol):
     def settle(self, step: int, logs: dict[str, float]) -> str | None:
         """After the reduction: count, warn, add to `logs`; what is wrong, where the run has to end after saving."""
 
+    def stepped(self) -> None:
+        """The optimizer has stepped."""
+
     @property
     def resumable(self) -> bool:
         """Whether a checkpoint of now could be continued exactly."""
@@ -159,6 +162,8 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
             finite = guard.settle_together(now.step, logs, task.samples)
             problem = task.settle(now.step, logs)
             take_step(accelerator, optimizer, schedule, finite)
+            if finite:
+                task.stepped()
 
             logs |= {"skipped_steps": float(guard.skipped_steps), "lr": schedule.get_last_lr()[0],
                      "pairs_per_second": throughput(), "peak_memory_gb": peak_memory_gb(run.device)}

@@ -17,13 +17,13 @@ from data.pairs import PairDataset
 from data.table import PairTable, choose_pairs, content_digest, load_table
 from losses import LossConfig, kto_reference_point, preference_loss
 from models.family import Family, Text
-from models.policy import Policy, load_policy
+from models.policy import MovingReference, Policy, load_policy
 from training.fit import StepLoss
 from training.guards import Watch
 from training.optimizers import effective_learning_rate
 from training.parameter_space import check_whole_gradients, parameter_space_loss
 from training.run import Run
-from training.state import LoraWeights, WholeWeights
+from training.state import LoraWeights, WeightsAndReference, WholeWeights, sharded
 from training.stored_pairs import StoredPairs
 from training.validation import Validation
 
@@ -41,7 +41,12 @@ class PreferenceTask(StoredPairs):
             or math.ceil(options.optimizer.num_train_epochs * len(pairs) / run.pairs_per_step)))
         self.family, self.policy, self.pairs, self.cache, self.size = family, policy, pairs, cache, size
         self.name, self.trained = options.objective.train_method, policy.network
-        self.weights = LoraWeights(family) if policy.lora else WholeWeights()
+        decay = options.objective.reference_ema
+        self.moving = MovingReference(policy, decay) if decay is not None and policy.reference is not None else None
+        self.weights = (LoraWeights(family) if policy.lora else WholeWeights() if self.moving is None
+                        else WeightsAndReference(reference=self.moving))
+        if self.moving and sharded(run.accelerator):
+            raise UserError("--reference_ema needs whole weights on every device: train with DDP")
         self.config = loss_config(options.objective, family.name)
         self.watch = Watch(options.run.watch_winner_rise, options.run.watch_margin, options.objective.use_winner_preserving)
         self.validation = Validation(run, family, policy)
@@ -52,6 +57,10 @@ class PreferenceTask(StoredPairs):
                  "or --train_batch_size")
 
     # --- a step ----------------------------------------------------------------------------------------------------------
+
+    def stepped(self) -> None:
+        if self.moving:
+            self.moving.update()
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> StepLoss:
         accelerator, family = self.run.accelerator, self.family
@@ -116,7 +125,7 @@ class PreferenceTask(StoredPairs):
             "base": f"{options.model.pretrained_model_name_or_path} ({self.family.label}, {options.data.resolution} px)"
                     + (f", weights of {options.model.unet_init}" if options.model.unet_init else ""),
             "policy": f"LoRA rank {options.model.lora_rank}" if self.policy.lora else "whole network, float32 weights",
-            "reference": reference,
+            "reference": reference + (f", moving average of decay {objective.reference_ema:g}" if self.moving else ""),
             "precision": f"{options.memory.mixed_precision}, errors in float32",
             "pairs": "; ".join([f"{len(self.pairs)} of {options.data.source or options.data.cached_dataset}", *self.pairs.notes]
                                + [f"encoded in {options.data.cached_dataset}"] * bool(options.data.cached_dataset)),

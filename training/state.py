@@ -20,10 +20,13 @@ from common.files import make_readable, write_text
 from models.devices import writing
 from models.family import Family
 from models.networks import LORA_FILE
+from models.policy import MovingReference
 from models.weights import load_strictly, read_state_dict
 from training.checkpoints import (PROGRESS, choose_checkpoint, list_checkpoints, put_in_place, read_progress,
                                   remove_leftovers, remove_older, step_of, write_manifest)
 from training.run import Run, changed_settings, set_aside
+
+REFERENCE_FILE = "reference.pth"
 
 
 # --- the trained weights -----------------------------------------------------------------------------------------------
@@ -42,6 +45,22 @@ class WholeWeights:
 
     def load(self, network: nn.Module, folder: Path) -> None:
         load_strictly(network, read_state_dict(folder / self.name), folder)
+
+
+@dataclass
+class WeightsAndReference(WholeWeights):
+    """All weights, and the reference where it moves."""
+
+    reference: MovingReference | None = None
+
+    def save(self, accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
+        super().save(accelerator, model, folder)
+        if accelerator.is_main_process:
+            torch.save({name: value.cpu() for name, value in self.reference.average.items()}, folder / REFERENCE_FILE)
+
+    def load(self, network: nn.Module, folder: Path) -> None:
+        super().load(network, folder)
+        self.reference.load(read_state_dict(folder / REFERENCE_FILE))
 
 
 @dataclass

@@ -47,6 +47,9 @@ class StoredPairs:
         return {name: value.to(self.run.device, non_blocking=True) if isinstance(value, Tensor) else value
                 for name, value in batch.items()}
 
+    def stepped(self) -> None:
+        pass
+
     # --- after a step ----------------------------------------------------------------------------------------------------
 
     def flags(self) -> dict[str, float]:
