@@ -98,6 +98,8 @@ class ObjectiveOptions:
     winner_preserving_space: Literal["output", "parameter"] = option(
         "output", "lambda from gradients of predictions (published), or of parameters (a second backward pass)",
         methods=PAIRWISE, needs="use_winner_preserving")
+    fixed_lambda: float | None = option(None, "scale the loser's gradient by this number instead of the safeguard's lambda: a "
+                                        "control for experiments", at_least=0, at_most=1, methods=PAIRWISE)
 
     @property
     def needs_reference(self) -> bool:
@@ -238,6 +240,8 @@ def check_options(options: TrainOptions) -> None:
         if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(run.output_dir):
             raise UserError(f"--output_dir is --{name} itself, which the result would overwrite: name another folder")
     check_data_options(data, objective)
+    if objective.fixed_lambda is not None and objective.use_winner_preserving:
+        raise UserError("--fixed_lambda and --use_winner_preserving contradict each other: drop one")
     if objective.safeguards_parameters:
         if objective.winner_preserving_granularity == "sample":
             raise UserError("--winner_preserving_space parameter has one lambda a micro-batch: a pair's own would take a "

@@ -65,7 +65,7 @@ LATENT_SHAPE = (4, 16, 16)
 
 @dataclass
 class Settings:
-    output: str = field(default="outputs/claims", metadata={"help": "folder for the runs and the report"})
+    output: str = field(default="output/claims", metadata={"help": "folder for the runs and the report"})
     smoke: bool = field(default=False, metadata={"help": "one seed and tiny budgets: does everything run?"})
     seeds: int = field(default=3, metadata={"help": "final runs of each configuration"})
     learning_rates: list[float] = field(default_factory=lambda: [5e-6, 2e-5, 8e-5], metadata={"help": "the grid"})
