@@ -74,10 +74,11 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadImage(f"{reason}" if str(reason) else type(error).__name__) from None
 
 
-def image_mode(data: bytes) -> str:
-    """How an image that decode_image reads is stored: RGB, CMYK, ...; "animated" where only its first frame is used."""
+def mode_and_size(data: bytes) -> tuple[str, tuple[int, int]]:
+    """How an image that decode_image reads is stored: RGB, CMYK, ... ("animated" where only its first frame is used), and
+    its width and height."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return "animated" if getattr(image, "n_frames", 1) > 1 else image.mode
+        return "animated" if getattr(image, "n_frames", 1) > 1 else image.mode, image.size
 
 
 def _check_size(width: int, height: int) -> None:

@@ -73,14 +73,28 @@ def content_digest(table: datasets.Dataset, data: DataOptions) -> str:
         for value in column_values(table, name) if name in table.column_names else ():
             sha.update(repr(value).encode("utf-8", "surrogatepass"))
     for name in ("jpg_0", "jpg_1", data.image_column):
-        columns = table.select_columns(name).with_format("arrow")[:][name].chunks if name in table.column_names else ()
-        for chunk in columns:
-            if pyarrow.types.is_struct(chunk.type) and chunk.type.get_field_index("bytes") >= 0:
-                chunk = chunk.field("bytes")
-            if pyarrow.types.is_binary(chunk.type) or pyarrow.types.is_large_binary(chunk.type):
-                chunk = pyarrow.compute.binary_length(chunk)
-            sha.update(repr(chunk.to_pylist()).encode("utf-8", "surrogatepass"))
+        if name in table.column_names:
+            for chunk in _lengths(table, name):
+                sha.update(repr(chunk.to_pylist()).encode("utf-8", "surrogatepass"))
     return sha.hexdigest()
+
+
+def _lengths(table: datasets.Dataset, name: str) -> list[pyarrow.Array]:
+    """An image column's encoded lengths, chunk by chunk, without reading an image; images kept as paths stay as they are."""
+    chunks = []
+    for chunk in table.select_columns(name).with_format("arrow")[:][name].chunks:
+        if pyarrow.types.is_struct(chunk.type) and chunk.type.get_field_index("bytes") >= 0:
+            chunk = chunk.field("bytes")
+        if pyarrow.types.is_binary(chunk.type) or pyarrow.types.is_large_binary(chunk.type):
+            chunk = pyarrow.compute.binary_length(chunk)
+        chunks.append(chunk)
+    return chunks
+
+
+def encoded_lengths(table: datasets.Dataset, name: str) -> np.ndarray:
+    """Bytes of each encoded image of a column, -1 where that is not known: (rows,)."""
+    values = [value for chunk in _lengths(table, name) for value in chunk.to_pylist()]
+    return np.array([value if isinstance(value, int) else -1 for value in values])
 
 
 @dataclass

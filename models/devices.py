@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import (AutocastKwargs, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin,
                               InitProcessGroupKwargs, ProjectConfiguration, gather_object)
@@ -20,6 +22,8 @@ COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 def start_accelerator(options: TrainOptions) -> Accelerator:
     """Devices, mixed precision and trackers. Raises UserError for what this machine lacks."""
+    diffusers.utils.logging.disable_progress_bar()  # ours is the run's
+    transformers.utils.logging.disable_progress_bar()
     memory, tracker = options.memory, options.run.report_to
     project = ProjectConfiguration(project_dir=options.run.output_dir,
                                    logging_dir=str(Path(options.run.output_dir, options.run.logging_dir)))

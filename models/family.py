@@ -14,6 +14,7 @@ from common.errors import UserError, first_line
 from common.train_options import ModelOptions
 
 if TYPE_CHECKING:  # torch costs seconds, and a wrong path should be refused before them
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -58,6 +59,11 @@ class Family(Protocol):
 
     def tokenize(self, captions: list[str]) -> Text:
         """Token ids, on the host: done in the data workers."""
+
+    longer_text: str  # what to do about captions that are cut
+
+    def tokens_read(self, captions: list[str]) -> "tuple[np.ndarray, np.ndarray]":
+        """Each caption's tokens, and how many of them the text encoder reads: (B,) each."""
 
     def encode_text(self, tokens: Text) -> Text:
         """What the network reads of B prompts; the prompt's rows first."""

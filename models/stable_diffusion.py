@@ -7,6 +7,7 @@ last hidden state, SDXL two encoders' hidden_states[-2], a pooled embedding and 
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import (AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline,
                        StableDiffusionXLPipeline, UNet2DConditionModel)
@@ -54,6 +55,9 @@ class StableDiffusion15:
         self.vae_config = from_hub(AutoencoderKL, self._vae_source[0], "the VAE's config", method="load_config",
                                    **self._vae_source[1])
         self.scaling_factor = self.vae_config.get("scaling_factor", 0.18215)
+        config = from_hub(UNet2DConditionModel, base, "the UNet's config", method="load_config", subfolder="unet", **self._hub)
+        if isinstance(config.get("sample_size"), int):
+            self.resolution = config["sample_size"] * self.latent_factor  # what this base was made for
 
     @property
     def _hub(self) -> dict:
@@ -93,8 +97,12 @@ class StableDiffusion15:
     def drop_encoders(self) -> None:
         self.text_encoders, self.vae = [], None
 
+    @property
+    def latent_factor(self) -> int:
+        return 2 ** (len(self.vae_config.get("block_out_channels", (64,))) - 1)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = 2 ** (len(self.vae_config.get("block_out_channels", (64,))) - 1)
+        factor = self.latent_factor
         if height % factor or width % factor:
             raise UserError(f"{height}x{width} is no size for {self.label}: both must be multiples of {factor}")
         return self.vae_config.get("latent_channels", 4), height // factor, width // factor
@@ -104,6 +112,14 @@ class StableDiffusion15:
     def tokenize(self, captions: list[str]) -> Text:
         """input_ids.N (B, 77) for each tokenizer, padded and truncated."""
         return {f"input_ids.{number}": tokenize(tokenizer, captions) for number, tokenizer in enumerate(self.tokenizers)}
+
+    longer_text = "no option reads more"
+
+    def tokens_read(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Each caption's tokens without the two special ones, and how many of them are read: (B,) each."""
+        lengths = [len(ids) for ids in self.tokenizers[0]([text[:MAX_CAPTION_CHARACTERS] for text in captions],
+                                                          add_special_tokens=False).input_ids]
+        return np.array(lengths), np.minimum(lengths, self.tokenizers[0].model_max_length - 2)
 
     @torch.no_grad()
     def encode_text(self, tokens: Text) -> Text:

@@ -26,7 +26,7 @@ from shapes.base import sample_drawing
 from shapes.claims import Settings
 from shapes.claims_report import write_report
 from shapes.drawing import caption
-from shapes.experiment import Work, do_all, draw_with, evaluating, reset_accelerate, run_options, train_here, worker_pool
+from shapes.experiment import Enough, Work, do_all, draw_with, evaluating, reset_accelerate, run_options, train_here, worker_pool
 from shapes.oracle import judge
 from shapes.pipeline import base_pipeline
 from shapes.preferences import write_preferences
@@ -165,6 +165,7 @@ def train_policy(run: Run, split: str, settings: Settings) -> dict:
             record["train_implicit_accuracy"].append(scalars["implicit_acc_accumulated"])
         if step == settings.steps:
             record[split] = judge_network(network, split, run.name, settings)
+            raise Enough
 
     train_here(options, watch)
     return record

@@ -19,7 +19,7 @@ from common.locks import release
 from common.train_options import TrainOptions, parse_options
 from shapes.pipeline import NOISE_OFFSET, draw_images
 from train import train
-from training.fit import Outcome, Watch
+from training.fit import Watch
 
 # Equal in all runs: the base's resolution and noise, and no file but what the watch takes.
 COMMON = {"resolution": 32, "no_hflip": True, "mixed_precision": "no", "noise_offset": NOISE_OFFSET, "report_to": "none",
@@ -37,18 +37,24 @@ def reset_accelerate() -> None:
     GradientState._reset_state()
 
 
-def train_here(options: TrainOptions, watch: Watch) -> Outcome:
-    """train.py's run in this process. Its folder goes with it: what counts, the watch has taken."""
+class Enough(Exception):
+    """Raised by a watch that has seen all it wanted: the run ends there, and saves nothing."""
+
+
+def train_here(options: TrainOptions, watch: Watch) -> None:
+    """train.py's run in this process, to its end or until the watch has enough. Its folder goes with it: what counts, the
+    watch has taken."""
     reset_accelerate()
     with tempfile.TemporaryDirectory() as folder:
         options.run.output_dir = folder
         try:
-            outcome = train(options, watch)
+            finished = train(options, watch).finished
+        except Enough:
+            finished = True
         finally:
             release(folder)
-    if not outcome.finished:  # by a signal, which was this program's too
+    if not finished:  # stopped by a signal, which was this program's too
         raise KeyboardInterrupt
-    return outcome
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from common.errors import UserError, warn
+from common.errors import UserError
 from data.pairs import PairDataset
 from models.devices import raise_together
 from training.records import EventLog
@@ -54,15 +54,17 @@ class RunningMean:
 
 
 class Watch:
-    """Warns of the papers' pathology, a winner's error above the reference's, and of margins that saturate.
+    """Warns of the papers' pathology, a winner's error above the reference's, of margins that saturate, and of a safeguard
+    that never acts.
 
     A warning is repeated when its value has doubled.
     """
 
     SPAN, FIRST = 50, 20  # optimizer steps that are averaged, and the first at which a warning may come
 
-    def __init__(self, winner_rise: float, margin: float):
+    def __init__(self, winner_rise: float, margin: float, safeguarded: bool = False):
         self.rise_bound, self.margin_bound = winner_rise, margin
+        self.idle = 0 if safeguarded else None  # steps since the start in which lambda was 1; None: it acted, or is off
         self.winner, self.reference, self.margin_square = (RunningMean(self.SPAN) for _ in range(3))
 
     def __call__(self, step: int, logs: dict[str, float]) -> list[str]:
@@ -73,8 +75,14 @@ class Watch:
         rise = self.winner.add(logs.get("avg_win_diff_loss", 0.0))
         rise /= max(self.reference.add(logs.get("ref_mse_unaccumulated", 1.0)), 1e-12)
         margin = self.margin_square.add(logs["margin_mean"] ** 2 + logs["margin_std"] ** 2) ** 0.5
+        if self.idle is not None:
+            self.idle = self.idle + 1 if logs["avg_lose_l_scale"] == 1.0 else None
+            if self.idle == self.SPAN:
+                warnings.append(
+                    f"step {step}: lambda was 1 in all of the {self.SPAN} steps so far: the safeguard has changed nothing. A "
+                    "larger --winner_preserving_mu acts earlier (published: 0.9, SDXL 0.6)")
         if self.winner.count < self.FIRST:
-            return []
+            return warnings
         if rise > self.rise_bound:
             warnings.append(
                 f"step {step}: the winners' denoising error is {rise:.1%} above the reference's (--watch_winner_rise "
@@ -120,9 +128,8 @@ class NonfiniteGuard:
         write_together(self.run, self.log, [{
             "step": step, "process": self.run.accelerator.process_index, "train_loss": str(logs["train_loss"]),
             "grad_norm": str(logs["grad_norm"]), "pairs": samples(logs)}])
-        if self.run.main:
-            warn(f"step {step} is skipped: loss {logs['train_loss']:g}, gradient norm {logs['grad_norm']:g} "
-                 f"({self.in_a_row} in a row, {self.skipped_steps} in all; {self.log.path} has the pairs)")
+        self.run.warn(f"step {step} is skipped: loss {logs['train_loss']:g}, gradient norm {logs['grad_norm']:g} "
+                      f"({self.in_a_row} in a row, {self.skipped_steps} in all; {self.log.path} has the pairs)")
         return False
 
     @property

@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor
 from transformers.optimization import Adafactor
 
 from common.train_options import OptimizerOptions
-from common.errors import UserError
+from common.errors import UserError, warn
+
+NOTICEABLE = 1e-3  # of a typical weight
 
 
 def effective_learning_rate(options: OptimizerOptions, num_processes: int) -> float:
@@ -44,6 +46,18 @@ def adamw_8bit() -> type[torch.optim.Optimizer]:
             continue
     raise UserError("8-bit AdamW needs bitsandbytes or torchao, and neither can be used here: pip install bitsandbytes, "
                     "or choose --optimizer adamw")
+
+
+def warn_of_tiny_rate(parameters: list, name: str, lr: float, steps: int) -> None:
+    """Warn of a rate at which the whole run would leave the weights where they are. Adam and Adafactor move a weight by
+    about the rate per step, whatever its gradient."""
+    if name == "sgd" or not steps:
+        return
+    largest = max(parameters, key=lambda parameter: parameter.numel())
+    typical = float(largest.detach().abs().mean())
+    if lr * steps < NOTICEABLE * typical:
+        warn(f"a learning rate of {lr:.3g} over {steps} steps moves a weight by {lr * steps:.1g} at most, where weights are "
+             f"about {typical:.1g}: nothing will be learned. Leave --learning_rate out for the published one, or raise it")
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizerOptions, max_steps: int):

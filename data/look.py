@@ -1,0 +1,180 @@
+"""What python -m data.check finds in a dataset of preference pairs, and how it reports it."""
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import write_text
+from common.train_options import DataOptions, TrainOptions
+from data.bad_pairs import BadPair, read_caption, read_row
+from data.contradictions import contradictions
+from data.images import BadImage, image_bytes, mode_and_size
+from data.pairs import PairDataset
+from data.table import PairTable, choose_pairs, load_table
+from models.family import Family
+
+DECODED_AT = 64  # pixels: enough to see whether an image can be read
+NAMED = 20  # rows that a list names
+
+
+@dataclass
+class PairReport:
+    """fault: column and reason why the pair cannot be used, or None. remarks: what is odd about it though it is used.
+    content: digest of caption and images, for finding duplicates. sizes: (width, height) of its images."""
+
+    row: int
+    caption: str = ""
+    fault: tuple[str, str] | None = None
+    remarks: list[str] = field(default_factory=list)
+    content: bytes = b""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+
+
+class CheckedPairs(torch.utils.data.Dataset):
+    """Index of a pair -> its PairReport."""
+
+    def __init__(self, pairs: PairTable, data: DataOptions, winners_only: bool):
+        self.dataset = PairDataset(pairs, data, seed=0, latent_shape=(1, 1, 1), tokenize=lambda captions: {},
+                                   winners_only=winners_only)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> PairReport:
+        report = PairReport(self.dataset.row(index))
+        try:
+            self.dataset.read(index, self.dataset.draw(index))
+        except BadPair as error:
+            report.fault = error.column, error.reason
+            return report
+        pairs = self.dataset.pairs
+        row = read_row(pairs.rows, report.row)
+        report.caption = read_caption(row, pairs.caption_column)
+        sha = hashlib.sha256(report.caption.encode())
+        if not report.caption.strip():
+            report.remarks.append("empty caption, trained on as the empty prompt")
+        for column in pairs.image_columns:
+            try:
+                encoded = image_bytes(row[column])
+            except BadImage:  # sft does not read the loser
+                continue
+            sha.update(hashlib.sha256(encoded).digest())
+            mode, size = mode_and_size(encoded)
+            report.sizes.append(size)
+            if mode != "RGB":
+                report.remarks.append(f"{mode} image, converted to RGB")
+        report.content = sha.digest()
+        return report
+
+
+def look(options: TrainOptions, family: Family | None, workers: int, report_file: str | None) -> None:
+    """Look through the pairs that the options name and print what is found. Raises UserError for too many bad pairs."""
+    data = options.data
+    resolution = data.resolution or (family.resolution if family else 512)
+    table = load_table(data, options.model.cache_dir)
+    winners_only = options.objective.winners_only or "jpg_0" not in table.column_names and data.image_column in table.column_names
+    pairs = choose_pairs(table, data, seed=0, winners_only=winners_only)
+    print(f"{data.source}, split {data.split}: {len(table)} rows, {len(pairs)} to train on")
+    for note in pairs.notes:
+        print(f"  {note}")
+    reports = look_through(pairs, data, workers, winners_only)
+    bad = [report for report in reports if report.fault]
+    used = [report for report in reports if not report.fault]
+    print(*balance(pairs), *sizes(used, resolution), *opposed(pairs), sep="\n")
+    if family:
+        print(*truncated(used, family), sep="\n")
+    remarks = [(remark, report.row) for report in used for remark in report.remarks]
+    if remarks:
+        print("Used, with a remark:", *grouped(remarks), sep="\n")
+    share = len(bad) / len(reports)
+    print(f"Cannot be used, their neighbours take their place: {len(bad)} of {len(reports)} ({share:.2%})",
+          *grouped([(f"{report.fault[0]}: {report.fault[1]}", report.row) for report in bad]), sep="\n")
+    if report_file:
+        lines = [json.dumps({"row": r.row, "column": r.fault[0], "reason": r.fault[1]}) + "\n" for r in bad]
+        write_text(report_file, "".join(lines))
+    if share > data.max_bad_fraction:
+        raise UserError(f"{share:.2%} of the pairs cannot be used, more than --max_bad_fraction {data.max_bad_fraction:g}: "
+                        "training on them would stop; raise the bound there, too, to train on the others")
+
+
+def look_through(pairs: PairTable, data: DataOptions, workers: int, winners_only: bool = False) -> list[PairReport]:
+    quick = DataOptions(**vars(data) | {"resolution": DECODED_AT, "proportion_empty_prompts": 0.0, "random_crop": False})
+    loader = torch.utils.data.DataLoader(CheckedPairs(pairs, quick, winners_only), batch_size=32, collate_fn=list,
+                                         num_workers=workers)
+    bar = tqdm(total=len(pairs), unit="pair", desc="checking", dynamic_ncols=True)
+    reports = []
+    for batch in loader:
+        reports += batch
+        bar.update(len(batch))
+    bar.close()
+    first_with = {}
+    for report in reports:
+        if report.fault is None and first_with.setdefault(report.content, report.row) != report.row:
+            report.remarks.append("duplicate of an earlier pair")
+    return reports
+
+
+# --- what is reported ----------------------------------------------------------------------------------------------------
+
+def balance(pairs: PairTable) -> list[str]:
+    """How often image 0 wins: a share far from one half hints at labels that tell the column and not the preference."""
+    if len(pairs.image_columns) < 2:
+        return []
+    return [f"Labels: image 0 wins {int(pairs.first_wins.sum())} of {len(pairs)} pairs ({pairs.first_wins.mean():.1%})"]
+
+
+def sizes(reports: list[PairReport], resolution: int) -> list[str]:
+    """The images' short sides against the resolution that they are resized to."""
+    short = np.array([min(size) for report in reports for size in report.sizes])
+    if not len(short):
+        return []
+    smaller = int((short < resolution).sum())
+    common = ", ".join(f"{w}x{h} ({n})" for (w, h), n in Counter(s for r in reports for s in r.sizes).most_common(3))
+    enlarged = (f"{smaller} of {len(short)} are enlarged for --resolution {resolution}: details are made up" if smaller else
+                f"none is enlarged for --resolution {resolution}")
+    return [f"Images: short sides {short.min()} to {short.max()} pixels, median {int(np.median(short))}; most are {common}; "
+            f"{enlarged}"]
+
+
+def opposed(pairs: PairTable) -> list[str]:
+    """The pairs that contradict each other."""
+    groups = contradictions(pairs)
+    if not groups:
+        return []
+    rows = sum(map(len, groups))
+    named = "; ".join(" and ".join(map(str, group)) for group in groups[:NAMED]) + ", ..." * (len(groups) > NAMED)
+    return [f"Contradictions: {rows} pairs show the same two images under one caption with opposite winners (rows {named}): "
+            "they cancel out, decide which is right or drop them"]
+
+
+def truncated(reports: list[PairReport], family: Family) -> list[str]:
+    """The captions that the text encoder does not read to their end."""
+    captions = [report.caption for report in reports]
+    tokens, read = family.tokens_read(captions) if captions else (np.zeros(0), np.zeros(0))
+    cut = tokens > read
+    if not cut.any():
+        return [f"Captions: all of them fit {family.label}'s text encoder"]
+    rows = ", ".join(str(reports[i].row) for i in np.flatnonzero(cut)[:3])
+    lost = 1 - read[cut].sum() / tokens[cut].sum()
+    return [f"Captions: {int(cut.sum())} of {len(captions)} are longer than {family.label}'s text encoder reads (rows {rows}"
+            f"{', ...' * (int(cut.sum()) > 3)}): {lost:.1%} of their tokens are lost; {family.longer_text}"]
+
+
+def grouped(lines: list[tuple[str, int]], most: int = NAMED) -> list[str]:
+    """(text, row) with numbers in the text ignored -> '   12 x text (rows 3, 17, 20, ...)', the most frequent first."""
+    rows, example = defaultdict(list), {}
+    for text, row in lines:
+        kind = re.sub(r"\d+", "#", text)
+        rows[kind].append(row)
+        example.setdefault(kind, text)
+    ranked = sorted(rows, key=lambda kind: -len(rows[kind]))
+    shown = [f"{len(rows[kind]):>8} x {example[kind]} (row{'s' * (len(rows[kind]) > 1)} "
+             f"{', '.join(map(str, rows[kind][:3]))}{', ...' * (len(rows[kind]) > 3)})" for kind in ranked[:most]]
+    return shown + [f"         and {len(ranked) - most} more kinds"] * (len(ranked) > most)
