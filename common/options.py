@@ -152,11 +152,12 @@ def option_type(f: dataclasses.Field) -> tuple[type, tuple[str, ...], bool]:
     kind = f.type
     if get_origin(kind) in (UnionType, Union):  # X | None; of a Literal typing makes the latter
         kind = next(part for part in get_args(kind) if part is not type(None))
-    if get_origin(kind) is list:
-        return get_args(kind)[0], (), True
+    many = get_origin(kind) is list
+    if many:
+        [kind] = get_args(kind)
     if get_origin(kind) is Literal:
-        return str, get_args(kind), False
-    return kind, (), False
+        return str, get_args(kind), many
+    return kind, (), many
 
 
 def help_text(f: dataclasses.Field) -> str:
