@@ -111,8 +111,9 @@ def parse(groups: list[type], argv: list[str] | None = None, *, program: str, de
     if missing:
         parser.error(f"{' and '.join(missing)} must be given")
     for name, value in vars(found).items():
-        if name in declared and (fault := declaration(declared[name]).fault(value)):
-            raise UserError(f"--{name} {fault}")
+        for each in value if isinstance(value, list) else [value]:
+            if name in declared and (fault := declaration(declared[name]).fault(each)):
+                raise UserError(f"--{name} {fault}")
     given = names_given(argv) & declared.keys()
     return [group(**{f.name: getattr(found, f.name) for f in fields(group) if f.name in declared}) for group in groups], given
 
@@ -153,11 +154,12 @@ def option_type(f: dataclasses.Field) -> tuple[type, tuple[str, ...], bool]:
     kind = f.type
     if get_origin(kind) in (UnionType, Union):  # X | None; of a Literal typing makes the latter
         kind = next(part for part in get_args(kind) if part is not type(None))
-    if get_origin(kind) is list:
-        return get_args(kind)[0], (), True
+    many = get_origin(kind) is list
+    if many:
+        [kind] = get_args(kind)
     if get_origin(kind) is Literal:
-        return str, get_args(kind), False
-    return kind, (), False
+        return str, get_args(kind), many
+    return kind, (), many
 
 
 def help_text(f: dataclasses.Field) -> str:

@@ -122,6 +122,8 @@ class ObjectiveOptions:
     winner_preserving_space: Literal["output", "parameter"] = option(
         "output", "lambda from gradients of predictions (published), or of parameters (a second backward pass)",
         methods=PAIRWISE, needs="use_winner_preserving")
+    fixed_lambda: float | None = option(None, "scale the loser's gradient by this number instead of the safeguard's lambda: a "
+                                        "control for experiments", at_least=0, at_most=1, methods=PAIRWISE)
 
     @property
     def needs_reference(self) -> bool:
@@ -258,6 +260,8 @@ def check_options(options: TrainOptions) -> None:
     check_data_options(data, objective)
     if objective.reference_ema is not None and model.lora_rank:
         raise UserError("--reference_ema needs a reference of its own, and LoRA's is the policy without its adapter: drop one")
+    if objective.fixed_lambda is not None and objective.use_winner_preserving:
+        raise UserError("--fixed_lambda and --use_winner_preserving contradict each other: drop one")
     if objective.safeguards_parameters:
         if objective.train_method in ("mapo", "ipo", "kto"):
             raise UserError(f"--winner_preserving_space parameter does not go with {objective.train_method}, which may pull at the "

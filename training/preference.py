@@ -75,7 +75,7 @@ class PreferenceTask(StoredPairs):
             trainable = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
             loss, result = parameter_space_loss(accelerator, trainable, model_pred, ref_pred, target, self.config)
         else:
-            result = preference_loss(model_pred, ref_pred, target, self.config,
+            result = preference_loss(model_pred, ref_pred, target, self.config, self.run.options.objective.fixed_lambda,
                                      kto_z=lambda gain: kto_reference_point(accelerator.gather(gain)))
             loss = result.loss
         self.results.append((times, result.logs["train_loss"], result.margin))
@@ -117,6 +117,8 @@ class PreferenceTask(StoredPairs):
         if objective.use_winner_preserving:
             safeguard = (f"mu {objective.winner_preserving_mu:g}{options.origin('winner_preserving_mu')}, one lambda per "
                          f"{objective.winner_preserving_granularity}, {objective.winner_preserving_space} space")
+        elif objective.fixed_lambda is not None:
+            safeguard += f", fixed lambda {objective.fixed_lambda:g}"
         beta = f", beta {objective.beta_dpo:g}{options.origin('beta_dpo')}" if self.name in WITH_BETA else ""
         reference = "none" if not objective.needs_reference else "policy without adapter" if self.policy.lora else "frozen copy"
         lr = effective_learning_rate(optimizer, run.accelerator.num_processes)
