@@ -30,9 +30,14 @@ MAX_CAPTION_CHARACTERS = 20_000  # 77 tokens never reach so far, and tokenizing 
 
 
 class StableDiffusion15:
-    name, label, license = "sd15", "SD1.5", "creativeml-openrail-m"
+    name, label, license, flow = "sd15", "SD1.5", "creativeml-openrail-m", False
     backbone, network, pipeline = "unet", UNet2DConditionModel, StableDiffusionPipeline
+    weights_file = "unet.pth"
     resolution, always_checkpoints = 512, False
+    steps, guidance, embeds_guidance, empty_prompt = 50, 7.5, False, ""
+    overflows_in_fp16, sequence_length = False, None
+    ignored_options = ("timestep_sampling", "logit_mean", "logit_std", "timestep_shift", "max_sequence_length",
+                       "embedded_guidance")
     pipeline_parts = {"safety_checker": None, "feature_extractor": None}
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     compiled_blocks = (BasicTransformerBlock, ResnetBlock2D)
@@ -157,6 +162,9 @@ class StableDiffusion15:
             raise UserError(f"{source} has dropout {network.config.dropout}: policy and reference would differ by chance; "
                             "set it to 0 in unet/config.json")
 
+    def without_gradient(self, network: nn.Module) -> list[str]:
+        return []
+
     def times(self, uniform: Tensor) -> Tensor:
         """U{0..T-1}; turbo models have four timesteps."""
         if self.turbo:
@@ -175,7 +183,10 @@ class StableDiffusion15:
     def network_arguments(self, text: Text, size: tuple[int, int]) -> dict:
         return {"encoder_hidden_states": text["embeddings"]}
 
-    def sampler(self, kind: str, steps: int, device: torch.device):
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float, official: bool) -> Tensor:
+        return (conditional if official else unconditional) + scale * (conditional - unconditional)
+
+    def sampler(self, kind: str, steps: int, device: torch.device, size: tuple[int, int] | None = None):
         """"euler", from the base's schedule, or "default" for the pipeline's own."""
         own = getattr(diffusers, self.index["scheduler"][1])
         scheduler = from_hub(own, self.options.pretrained_model_name_or_path, "the scheduler", subfolder="scheduler", **self._hub)
