@@ -7,6 +7,7 @@ It reads from top to bottom: options, family, pairs, policy and reference, fit, 
 loop in training/fit.py.
 """
 
+import time
 from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
@@ -23,6 +24,7 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
     watch(step, network, scalars) is called before the first step and after each. Raises UserError for what the user can
     mend. Nothing heavy is imported before the options are known to be good and the base to be there.
     """
+    start = time.monotonic()
     # 1. The base: which family it is, and what follows from that.
     from models.family import open_family
     family = open_family(options.model)
@@ -50,12 +52,20 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         if outcome.finished and outcome.step > 0:
             from training.result import save_result
             left = save_result(run, family, task.policy)
-            if run.main:
-                print(f"Done: {left}", flush=True)
-                if options.run.push_to_hub:
-                    from training.hub import push
-                    print(f"Published at {push(options, family.license)}", flush=True)
+            run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
+            run.say(f"Next: bash scripts/eval/test_{family.name}.sh {run.output_dir / f'{family.backbone}.pth'}")
+            if options.run.push_to_hub and run.main:
+                from training.hub import push
+                run.say(f"Published at {push(options, family.license)}")
     return outcome
+
+
+def duration(seconds: float) -> str:
+    """"2 h 5 min", "3 min 20 s", "14 s"."""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {int(seconds % 60)} s" if minutes else f"{seconds:.0f} s"
 
 
 def main() -> int:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from common.errors import UserError, warn
 from common.options import declaration, default_of, option, parse, warn_of_ignored
-PAIRWISE = ("diffusion-dpo", "dspo", "dmpo")
+PAIRWISE = ("diffusion-dpo", "dspo", "dmpo", "mapo", "poly-dpo", "linear-dpo", "ipo", "dpop", "kto")
+WITH_BETA = tuple(method for method in PAIRWISE if method != "mapo")
+REFERENCE_FREE = ("sft", "mapo")
 OFFLINE = (*PAIRWISE, "sft")
 
 
@@ -102,12 +104,27 @@ class DataOptions:
 class ObjectiveOptions:
     title = "objective"
 
-    train_method: Literal["diffusion-dpo", "dspo", "dmpo", "sft", "spo"] = option("diffusion-dpo", "the objective")
+    train_method: Literal["diffusion-dpo", "dspo", "dmpo", "mapo", "poly-dpo", "linear-dpo", "ipo", "dpop", "kto", "sft",
+                          "spo"] = option("diffusion-dpo", "the objective")
     sft: bool = option(False, "the same as --train_method sft")
-    beta_dpo: float | None = option(None, "beta, strength of the implicit KL to the reference", above=0, methods=PAIRWISE,
-                                    default_text="published: 5000; dmpo 2000, SDXL 6000; dspo 0.001, SDXL 5000")
+    beta_dpo: float | None = option(None, "beta, strength of the implicit KL to the reference", above=0, methods=WITH_BETA,
+                                    default_text="published: 5000; dmpo 2000, SDXL 6000; dspo 0.001, SDXL 5000; linear-dpo "
+                                                 "100, SDXL 500")
     dmpo_alpha: float | None = option(None, "DMPO's label smoothing", at_least=0, below=1, methods=("dmpo",),
                                       default_text="published: 0.01")
+    mapo_weight: float = option(0.1, "MaPO's weight of the margin term", at_least=0, methods=("mapo",))
+    mapo_scale: float = option(0.5, "MaPO's scale s of the errors", above=0, methods=("mapo",))
+    mapo_timesteps: int = option(1000, "MaPO's T", at_least=1, methods=("mapo",))
+    poly_alpha: float = option(8.0, "Poly-DPO's weight on undecided pairs; below -1 it would reverse pairs", at_least=-1,
+                               methods=("poly-dpo",))
+    linear_eta: float = option(1e-3, "Linear-DPO's lowest weight of a pair", at_least=0, at_most=0.5, methods=("linear-dpo",))
+    ipo_target: float = option(0.5, "the margin that IPO aims at", above=0, methods=("ipo",))
+    dpop_penalty: float = option(1.0, "DPOP's k; none is published for diffusion, 1 to 10 is where to start", at_least=0,
+                                 methods=("dpop",))
+    kto_liked_weight: float = option(1.6, "KTO's weight of liked images; disliked ones weigh 2 - w", at_least=0, at_most=2,
+                                     methods=("kto",))
+    winner_error_weight: float = option(0.0, "adds this much of the winners' own error to an objective of pairs", at_least=0,
+                                        methods=PAIRWISE)
     use_winner_preserving: bool = option(False, "the SDPO safeguard: scale the loser's gradient by lambda", methods=PAIRWISE)
     winner_preserving_mu: float | None = option(
         None, "the safeguard's strength; larger is more conservative", at_least=0, at_most=1, methods=PAIRWISE,
@@ -120,11 +137,15 @@ class ObjectiveOptions:
 
     @property
     def needs_reference(self) -> bool:
-        return self.train_method != "sft"
+        return self.train_method not in REFERENCE_FREE
+
+    @property
+    def winners_only(self) -> bool:
+        return self.train_method == "sft"
 
     @property
     def safeguards_parameters(self) -> bool:
-        return self.use_winner_preserving and self.needs_reference and self.winner_preserving_space == "parameter"
+        return self.use_winner_preserving and not self.winners_only and self.winner_preserving_space == "parameter"
 
 
 @dataclass
@@ -258,6 +279,9 @@ def check_options(options: TrainOptions) -> None:
             raise UserError(f"--output_dir is --{name} itself, which the result would overwrite: name another folder")
     check_data_options(data, objective)
     if objective.safeguards_parameters:
+        if objective.train_method in ("mapo", "ipo", "kto"):
+            raise UserError(f"--winner_preserving_space parameter does not go with {objective.train_method}, which may pull at the "
+                            "winner the wrong way: leave it at output")
         if objective.winner_preserving_granularity == "sample":
             raise UserError("--winner_preserving_space parameter has one lambda a micro-batch: a pair's own would take a "
                             "backward pass each; drop --winner_preserving_granularity sample")
@@ -295,7 +319,7 @@ def _warn_of_combinations(options: TrainOptions) -> None:
     if model.lora_rank:
         ignored("offload_reference", "there is no reference model: LoRA's is the policy without its adapter")
     elif not options.objective.needs_reference:
-        ignored("offload_reference", "sft has no reference model")
+        ignored("offload_reference", f"{options.objective.train_method} has no reference model")
     if data.no_hflip:
         ignored("paired_hflip", "flips are off (--no_hflip)")
     if optimizer.max_train_steps:

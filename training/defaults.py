@@ -4,14 +4,19 @@ from models.family import Family
 from common.train_options import TrainOptions
 
 BETA = {  # (method, family); None stands for any other family
-    ("diffusion-dpo", None): 5000.0,
-    ("dspo", None): 5000.0, ("dspo", "sd15"): 0.001,
+    (None, None): 5000.0,
+    ("dspo", "sd15"): 0.001,
     ("dmpo", None): 2000.0, ("dmpo", "sdxl"): 6000.0,
+    ("linear-dpo", None): 100.0, ("linear-dpo", "sdxl"): 500.0,
 }
 MU = {(None, None): 0.9, (None, "sdxl"): 0.6, ("dspo", "sd15"): 0.2}
 ALPHA = {("dmpo", None): 0.01, (None, None): 0.0}
 PUBLISHED_BATCH = 2048  # pairs per step, by which --scale_lr multiplies the published rates
-RATE_BEFORE_SCALING = {(None, None): 1e-8, (None, "sdxl"): 1e-9}
+RATE_BEFORE_SCALING = {  # of the Diffusion-DPO scripts; where a method publishes its own, that divided by 2048
+    (None, None): 1e-8, (None, "sdxl"): 1e-9,
+    ("mapo", None): 1e-5 / PUBLISHED_BATCH, ("kto", None): 1e-7 / PUBLISHED_BATCH,
+    ("linear-dpo", None): 5e-6 / PUBLISHED_BATCH, ("linear-dpo", "sdxl"): 1e-5 / PUBLISHED_BATCH,
+}
 LORA_RATE = 1e-4
 WARMUP = 500  # of 2000 steps
 
@@ -25,7 +30,7 @@ def settle_defaults(options: TrainOptions, base: Family) -> None:
     if optimizer.optimizer == "auto":
         optimizer.optimizer = default_optimizer(options, family)
     if objective.beta_dpo is None:
-        objective.beta_dpo = look_up(BETA, method, family) or 5000.0  # sft and spo do not read it
+        objective.beta_dpo = look_up(BETA, method, family)
     if objective.winner_preserving_mu is None:
         objective.winner_preserving_mu = look_up(MU, method, family)
     if objective.dmpo_alpha is None:

@@ -1,22 +1,22 @@
-"""Learning from preference pairs: Diffusion-DPO, DSPO, DMPO, with or without the safeguard, and training on winners."""
+"""Learning from preference pairs: every offline objective, with or without the safeguard, and training on winners."""
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import datasets
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, warn
-from common.train_options import ObjectiveOptions, TrainOptions
+from common.train_options import WITH_BETA, ObjectiveOptions, TrainOptions
 from data.cached import CachedDataset, check_cache
 from data.contradictions import contradictions
 from data.images import scale_pixels
 from data.labels import ai_feedback_labels
 from data.pairs import PairDataset, make_loader
 from data.table import PairTable, choose_pairs, content_digest, load_table
-from losses import LossConfig, preference_loss
+from losses import LossConfig, kto_reference_point, preference_loss
 from models.family import Family, Text
 from models.policy import Policy, load_policy
 from training.fit import StepLoss
@@ -41,7 +41,7 @@ class PreferenceTask:
         self.size = (options.data.resolution, options.data.resolution)
         self.config = loss_config(options.objective, family.name)
         self.dataset = PairDataset(pairs, options.data, run.seed, family.latent_shape(*self.size), family.tokenize, cache,
-                                   winners_only=not options.objective.needs_reference)
+                                   winners_only=options.objective.winners_only)
         self.digest = pairs.digest()  # once: it reads every caption
         self.max_steps = (options.optimizer.max_train_steps
                           or math.ceil(options.optimizer.num_train_epochs * len(pairs) / run.pairs_per_step))
@@ -92,7 +92,8 @@ class PreferenceTask:
             trainable = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
             loss, result = parameter_space_loss(accelerator, trainable, model_pred, ref_pred, target, self.config)
         else:
-            result = preference_loss(model_pred, ref_pred, target, self.config)
+            result = preference_loss(model_pred, ref_pred, target, self.config,
+                                     kto_z=lambda gain: kto_reference_point(accelerator.gather(gain)))
             loss = result.loss
         self.results.append((times, result.logs["train_loss"], result.margin))
         return StepLoss(loss, result.logs)
@@ -122,9 +123,8 @@ class PreferenceTask:
 
     def settle(self, step: int, logs: dict[str, float]) -> str | None:
         self.results = []
-        if self.run.main:
-            for warning in self.watch(step, logs):
-                warn(warning)
+        for warning in self.watch(step, logs):
+            self.run.warn(warning)
         self.bad.settle_together(logs)
         logs |= {"pairs_seen": float(self.bad.pairs_seen), "epoch": self.bad.pairs_seen / len(self.pairs)}
         return self.bad.message() if self.bad.too_many else None
@@ -158,7 +158,7 @@ class PreferenceTask:
         if objective.use_winner_preserving:
             safeguard = (f"mu {objective.winner_preserving_mu:g}{options.origin('winner_preserving_mu')}, one lambda per "
                          f"{objective.winner_preserving_granularity}, {objective.winner_preserving_space} space")
-        beta = f", beta {objective.beta_dpo:g}{options.origin('beta_dpo')}" if objective.needs_reference else ""
+        beta = f", beta {objective.beta_dpo:g}{options.origin('beta_dpo')}" if self.name in WITH_BETA else ""
         reference = "none" if not objective.needs_reference else "policy without adapter" if self.policy.lora else "frozen copy"
         lr = effective_learning_rate(optimizer, run.accelerator.num_processes)
         return {
@@ -188,7 +188,7 @@ def make_task(run: Run, family: Family) -> PreferenceTask:
     with run.accelerator.main_process_first():
         table, images = load_rows(options, cache)
     labels = ai_feedback_labels(images, options.data, run.output_dir, run.accelerator) if options.data.choice_model else None
-    pairs = choose_pairs(table, options.data, run.seed, labels, winners_only=not options.objective.needs_reference)
+    pairs = choose_pairs(table, options.data, run.seed, labels, winners_only=options.objective.winners_only)
     if run.main and images is not None and (groups := contradictions(replace(pairs, rows=images))):
         warn(f"{sum(map(len, groups))} pairs contradict each other: the same two images under one caption with opposite winners "
              f"(rows {' and '.join(map(str, groups[0]))}{', ...' * (len(groups) > 1)}); python -m data.check names all of them")
@@ -217,8 +217,9 @@ def load_rows(options: TrainOptions, cache: CachedDataset | None) -> tuple[datas
 
 
 def loss_config(objective: ObjectiveOptions, family: str) -> LossConfig:
-    return LossConfig(objective.train_method, objective.beta_dpo, objective.dmpo_alpha, objective.use_winner_preserving,
-                      objective.winner_preserving_mu, objective.winner_preserving_granularity, family == "sdxl")
+    """The options by their names in losses/."""
+    named = {f.name: getattr(objective, f.name) for f in fields(LossConfig) if hasattr(objective, f.name)}
+    return LossConfig(method=objective.train_method, beta=objective.beta_dpo, sdxl=family == "sdxl", **named)
 
 
 def winners_first(per_pair: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import itertools
 import json
 import secrets
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from training.checkpoints import PROGRESS, list_checkpoints, read_progress
 RUN_FILE = "run.json"
 # What a run leaves in output_dir, besides the pipeline around its network, which the next result replaces whole.
 RUN_OUTPUTS = ("checkpoint-*", RUN_FILE, "metrics.jsonl", "bad_data.jsonl", "nonfinite.jsonl", "unet.pth",
-               "pytorch_lora_weights.safetensors", "validation", "logs")
+               "pytorch_lora_weights.safetensors", "validation", "logs", "train.log", "curves.png")
 
 
 @dataclass
@@ -31,6 +32,25 @@ class Run:
     options: TrainOptions
     accelerator: Accelerator
     stop: StopSignal
+    warnings: list[str] = field(default_factory=list)  # of the step that is under way
+
+    def say(self, text: str) -> None:
+        """Print, and keep in OUTPUT_DIR/train.log; the main process alone."""
+        if self.main:
+            print(text, flush=True)
+            self._log(text)
+
+    def warn(self, text: str) -> None:
+        """A warning, which metrics.jsonl keeps with its step too; from the main process alone."""
+        if self.main:
+            warn(text)
+            self._log(f"warning: {text}")
+            self.warnings.append(text)
+
+    def _log(self, text: str) -> None:
+        if self.output_dir.is_dir():
+            with open(self.output_dir / "train.log", "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     @property
     def device(self) -> torch.device:
