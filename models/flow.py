@@ -49,9 +49,18 @@ class FlowFamily(PipelineParts):
             warn(f"{options.pretrained_model_name_or_path} is distilled to few steps without guidance, and preference training "
                  f"undoes that: its images at few steps get worse. Train {self.label}'s undistilled base instead")
 
+    def load_encoders(self, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None = None) -> None:
+        if dtype == torch.float16 and self.overflows_in_fp16:
+            raise UserError(f"{self.label} overflows in fp16: use --mixed_precision bf16")
+        super().load_encoders(dtype, device, vae_dtype)
+
     @property
     def is_distilled(self) -> bool:
         return any(word in Path(self.options.pretrained_model_name_or_path).name.lower() for word in self.distilled_names)
+
+    @property
+    def training_resolution(self) -> int:
+        return min(self.resolution, 512)  # as the published recipes
 
     # --- images ----------------------------------------------------------------------------------------------------------
 

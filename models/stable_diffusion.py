@@ -103,6 +103,10 @@ class StableDiffusion15:
         self.text_encoders, self.vae = [], None
 
     @property
+    def training_resolution(self) -> int:
+        return self.resolution
+
+    @property
     def latent_factor(self) -> int:
         return 2 ** (len(self.vae_config.get("block_out_channels", (64,))) - 1)
 

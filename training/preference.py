@@ -37,7 +37,7 @@ class PreferenceTask:
         options = run.options
         self.run, self.family, self.policy, self.pairs, self.cache = run, family, policy, pairs, cache
         self.name, self.trained = options.objective.train_method, policy.network
-        self.weights = LoraWeights(family) if policy.lora else WholeWeights()
+        self.weights = LoraWeights(family) if policy.lora else WholeWeights(family.weights_file)
         self.size = (options.data.resolution, options.data.resolution)
         self.config = loss_config(options.objective, family.name)
         self.dataset = PairDataset(pairs, options.data, run.seed, family.latent_shape(*self.size), family.tokenize, cache,
