@@ -16,8 +16,6 @@ from common.errors import UserError, warn
 from common.train_options import ModelOptions
 from models.parts import PipelineParts
 
-ENCODED_AT_ONCE = 8  # images
-
 
 class FlowSampler(FlowMatchEulerDiscreteScheduler):
     """Euler steps along the velocity, with what diffusers' other schedulers have."""
@@ -80,7 +78,8 @@ class FlowFamily(PipelineParts):
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        parts = pixels.to(self.vae.dtype).split(ENCODED_AT_ONCE)
+        """One at a time, as each_alone() has prompts."""
+        parts = pixels.to(self.vae.dtype).split(1)
         return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts]).contiguous()
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -92,7 +91,7 @@ class FlowFamily(PipelineParts):
     def decode(self, latents: Tensor) -> Tensor:
         unscaled = latents.float() / self.vae_config["scaling_factor"] + self.vae_config["shift_factor"]
         return torch.cat([self.vae.decode(part, return_dict=False)[0].float()
-                          for part in unscaled.to(self.vae.dtype).split(ENCODED_AT_ONCE)])
+                          for part in unscaled.to(self.vae.dtype).split(1)])
 
     # --- the network -----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.family import Text
 from models.flow import FlowFamily, pack, unpack
-from models.parts import token_ids
+from models.parts import each_alone, token_ids
 
 SINGLE_BLOCKS = 38
 
@@ -42,7 +42,7 @@ class Flux(FlowFamily):
     def caption_room(self, tokenizer) -> int:
         return self.sequence_length - 1
 
-    @torch.no_grad()
+    @each_alone
     def encode_text(self, tokens: Text) -> Text:
         """embeddings (B, L, D): T5's, padding included, as the network was trained; pooled (B, P): CLIP's."""
         clip, t5 = self.text_encoders

@@ -1,5 +1,6 @@
 """The parts around the trained network that a base pipeline brings: tokenizers, text encoders, VAE."""
 
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,24 @@ import transformers
 from torch import Tensor, nn
 
 from common.train_options import ModelOptions
+from models.family import Text
 from models.weights import from_hub
 
 LONGEST_CAPTION = 20_000  # characters: no encoder reads so far, and tokenizing a whole book takes seconds
+
+
+def each_alone(encode):
+    """A family's encode_text, one prompt at a time: kernels round differently for another batch size, and a cache, made in
+    larger batches, has to hold what training would compute. Encoders this large are as fast."""
+
+    @wraps(encode)
+    @torch.no_grad()
+    def encode_each(self, tokens: Text) -> Text:
+        rows = len(next(iter(tokens.values())))
+        parts = [encode(self, {name: ids[row:row + 1] for name, ids in tokens.items()}) for row in range(rows)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    return encode_each
 
 
 class PipelineParts:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.train_options import ModelOptions
 from models.family import Text
 from models.flow import FlowFamily, pack, unpack
-from models.parts import cut
+from models.parts import cut, each_alone
 
 BEFORE = ("<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
           "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n")
@@ -44,7 +44,7 @@ class QwenImage(FlowFamily):
     def caption_room(self, tokenizer) -> int:
         return self.sequence_length
 
-    @torch.no_grad()
+    @each_alone
     def encode_text(self, tokens: Text) -> Text:
         """embeddings (B, L, D): the last hidden state behind the template's beginning, zeros where mask (B, L) is False."""
         states = self.text_encoders[0](input_ids=tokens["input_ids"], attention_mask=tokens["mask"],

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.train_options import ModelOptions
 from models.family import Text
 from models.flow import FlowFamily
-from models.parts import token_ids
+from models.parts import each_alone, token_ids
 
 
 class StableDiffusion3(FlowFamily):
@@ -52,7 +52,7 @@ class StableDiffusion3(FlowFamily):
     def caption_room(self, tokenizer) -> int:
         return self.sequence_length - 1 if self.has_t5 else tokenizer.model_max_length - 2
 
-    @torch.no_grad()
+    @each_alone
     def encode_text(self, tokens: Text) -> Text:
         """embeddings (B, 77 + L, D): both CLIPs' hidden_states[-2] side by side, T5's behind them; pooled (B, P)."""
         clips = [encoder(tokens[f"input_ids.{number}"], output_hidden_states=True)

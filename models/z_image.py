@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.family import Text
 from models.flow import FlowFamily
-from models.parts import cut
+from models.parts import cut, each_alone
 
 
 class ZImage(FlowFamily):
@@ -38,7 +38,7 @@ class ZImage(FlowFamily):
         """What the chat's own words in front of the caption leave."""
         return self.sequence_length - len(tokenizer(self._as_chat("\0").split("\0")[0]).input_ids)
 
-    @torch.no_grad()
+    @each_alone
     def encode_text(self, tokens: Text) -> Text:
         """embeddings (B, L, D): hidden_states[-2], zeros where mask (B, L) is False."""
         states = self.text_encoders[0](input_ids=tokens["input_ids"], attention_mask=tokens["mask"],

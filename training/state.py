@@ -58,7 +58,9 @@ class LoraWeights:
     def save(self, accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
         if accelerator.is_main_process:
             network, backbone = accelerator.unwrap_model(model), self.family.backbone
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+            layers = get_peft_model_state_dict(network)
+            if backbone == "unet":  # it renames a transformer's in part, and diffusers then reads some of them
+                layers = convert_state_dict_to_diffusers(layers)
             self.family.pipeline.save_lora_weights(folder, **{f"{backbone}_lora_layers": layers},
                                                    **_collate_lora_metadata({backbone: network}))
             make_readable(folder)
