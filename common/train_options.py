@@ -25,7 +25,25 @@ class ModelOptions:
     pretrained_vae_model_name_or_path: str | None = option(None, "another VAE than the base pipeline's")
     unet_init: str | None = option(None, "weights that start policy AND reference: a diffusers folder, unet.pth, ...")
     sdxl: bool = option(False, "the base is SDXL: refuse any other (the base's model_index.json says which it is)")
-    lora_rank: int = option(0, "train LoRA of this rank on the attention layers; 0 trains the whole network", at_least=0)
+    lora_rank: int = option(0, "train LoRA of this rank on the attention layers; 0 trains the whole network", at_least=0,
+                            default_text="0; flow matching 32, Qwen-Image 64")
+    lora_alpha: float | None = option(None, "LoRA is scaled by this over its rank", above=0,
+                                      default_text="the rank; flow matching twice the rank")
+    merge_lora: bool = option(False, "leave the whole pipeline with the LoRA merged, beside the adapter (UNets: always)",
+                              free=True)
+    max_sequence_length: int | None = option(
+        None, "tokens of a caption that flow-matching bases read", at_least=16,
+        default_text="SD3 256, others 512; SD1.5 and SDXL read 77, always")
+    timestep_sampling: Literal["uniform", "logit_normal"] | None = option(
+        None, "how sigma is drawn for flow matching, before the shift; SD1.5 and SDXL draw from all timesteps alike",
+        default_text="SD3 logit_normal, others uniform")
+    logit_mean: float = option(0.0, "of logit_normal: above 0 there is more noise (flow matching alone)")
+    logit_std: float = option(1.0, "of logit_normal (flow matching alone)", above=0)
+    timestep_shift: float | None = option(
+        None, "s in sigma' = s sigma / (1 + (s - 1) sigma), above 1 for more noise (flow matching alone)", above=0,
+        default_text="the base's static one; 1 where its sampler's depends on the size")
+    embedded_guidance: float = option(1.0, "guidance that policy and reference are told in training, where it is an input of "
+                                      "the network; 1 keeps what was distilled", above=0)
     cache_dir: str | None = option(None, "where hub downloads are kept", free=True)
 
 
@@ -55,7 +73,7 @@ class DataOptions:
     caption_column: str = option("caption", "caption column")
     max_train_samples: int | None = option(None, "use a seeded shuffle's first N pairs (spo: prompts)", at_least=1)
     resolution: int | None = option(None, "training size in pixels", at_least=8,
-                                    default_text="the base's own: SD1.5 512, SDXL 1024")
+                                    default_text="the base's own: SD1.5 512, SDXL 1024; flow matching 512 at most")
     random_crop: bool = option(False, "random instead of centre crops, drawn for each image", methods=OFFLINE)
     no_hflip: bool = option(False, "no horizontal flips", methods=OFFLINE)
     paired_hflip: bool = option(False, "flip winner and loser together instead of independently", methods=OFFLINE)
