@@ -89,7 +89,7 @@ def test_a_pickle_inside_a_pipeline_folder_is_refused_and_does_not_run(payload, 
 @pytest.mark.parametrize("metric", ["pickscore", "hpsv2", "aesthetics", "clip", "imagereward"])
 def test_a_pickle_as_metric_weights_is_refused_and_does_not_run(payload, tmp_path, metric):
     from eval.metrics import load_metric, read_config
-    from eval.metrics.tiny import write_tiny_metrics
+    from shapes.tiny_metrics import write_tiny_metrics
 
     write, mark = payload
     config = read_config(write_tiny_metrics(tmp_path / "metrics", image_size=64, patch_size=16))

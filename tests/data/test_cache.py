@@ -15,7 +15,8 @@ from common.locks import release
 from common.train_options import parse_options
 from data.cache import CacheOptions, cache as make, main
 from data.cached import CachedDataset, check_cache
-from data.images import decode_image, image_bytes, to_pixels
+from common.images import decode_image, image_bytes
+from data.images import to_pixels
 from models.family import open_family
 from shapes.pipeline import build_pipeline
 from tests.conftest import reset_accelerate

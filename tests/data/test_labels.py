@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval.metrics import load_metric
-from eval.metrics.tiny import write_tiny_metrics
+from shapes.tiny_metrics import write_tiny_metrics
 from common.options import option_type
 from common.train_options import DataOptions, parse_options
 from data.table import load_table
