@@ -83,15 +83,16 @@ def flag_names(group: type) -> set[str]:
 # --- parsing -----------------------------------------------------------------------------------------------------------
 
 def parse(groups: list[type], argv: list[str] | None = None, *, program: str, description: str | None = None,
-          configurable: bool = False) -> tuple[list[Any], set[str]]:
+          configurable: bool = False, only: set[str] | None = None) -> tuple[list[Any], set[str]]:
     """The command line as one instance of each group, and the names of the options that were given.
 
     configurable: --config FILE.yaml holds options too; the command line wins, and a later file over an earlier one.
+    only: the names that the program has, of the groups'; the others keep their defaults.
     Raises UserError for a word that is no option, and for a value that does not fit one or is out of bounds.
     """
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     files = config_files(argv) if configurable else []
-    declared = {f.name: f for group in groups for f in fields(group)}
+    declared = {f.name: f for group in groups for f in fields(group) if only is None or f.name in only}
     argv = [word for file in files for word in yaml_words(file, declared)] + argv
     parser = _Parser(program, description, files)
     if configurable:
@@ -99,7 +100,8 @@ def parse(groups: list[type], argv: list[str] | None = None, *, program: str, de
     for group in groups:
         section = parser.add_argument_group(getattr(group, "title", "options"))
         for f in fields(group):
-            _add(section, f)
+            if f.name in declared:
+                _add(section, f)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -113,7 +115,7 @@ def parse(groups: list[type], argv: list[str] | None = None, *, program: str, de
             if name in declared and (fault := declaration(declared[name]).fault(each)):
                 raise UserError(f"--{name} {fault}")
     given = names_given(argv) & declared.keys()
-    return [group(**{f.name: getattr(found, f.name) for f in fields(group)}) for group in groups], given
+    return [group(**{f.name: getattr(found, f.name) for f in fields(group) if f.name in declared}) for group in groups], given
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,6 +7,7 @@ alone. To add one: write the class, add its line to FAMILIES, and give it a pres
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -140,6 +141,15 @@ def _from_hub(base: str, revision: str | None, cache_dir: str | None) -> str:
                         f"({first_line(error)[:160]})") from None
 
 
+def unpacked(options: ModelOptions) -> ModelOptions:
+    """The same options, naming a diffusers folder where they name a single checkpoint file. Raises UserError."""
+    path = Path(options.pretrained_model_name_or_path)
+    if not path.is_file():
+        return options
+    from models.single_file import as_folder
+    return replace(options, pretrained_model_name_or_path=str(as_folder(path, options.cache_dir)))
+
+
 def find_family(options: ModelOptions) -> tuple[type, dict]:
     """The family's class of --pretrained_model_name_or_path, and the base's model_index.json. Raises UserError for a path
     that does not exist, a pipeline of an unknown family, and --sdxl beside another family."""
@@ -156,5 +166,6 @@ def find_family(options: ModelOptions) -> tuple[type, dict]:
 
 def open_family(options: ModelOptions) -> Family:
     """The family of --pretrained_model_name_or_path with its small files read. Raises UserError."""
+    options = unpacked(options)
     kind, index = find_family(options)
     return kind(options, index)

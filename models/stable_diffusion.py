@@ -21,13 +21,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from common.errors import UserError, warn
 from models.family import Text
 from common.train_options import ModelOptions
+from models.tokens import MAX_CAPTION_CHARACTERS, tokenize
 from models.weights import from_hub
 
 TURBO_TIMESTEPS = (249, 499, 749, 999)
 REFINER_TIMESTEPS = 200
 REFINER_AESTHETIC_SCORE = 6.0
 ENCODED_AT_ONCE = 8  # images: more are no faster, and at 1024 px their activations take gigabytes
-MAX_CAPTION_CHARACTERS = 20_000  # 77 tokens never reach so far, and tokenizing a whole book takes seconds
 
 
 class StableDiffusion15:
@@ -232,10 +232,3 @@ class StableDiffusionXL(StableDiffusion15):
         time_ids = torch.tensor([*size, 0, 0, *last], dtype=torch.float32).to(text["pooled"].device, non_blocking=True)
         return {"encoder_hidden_states": text["embeddings"],
                 "added_cond_kwargs": {"text_embeds": text["pooled"], "time_ids": time_ids.expand(len(text["pooled"]), -1)}}
-
-
-def tokenize(tokenizer, captions: list[str]) -> Tensor:
-    """(N, 77) token ids, padded and truncated."""
-    captions = [caption[:MAX_CAPTION_CHARACTERS] for caption in captions]
-    return tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                     return_tensors="pt").input_ids
