@@ -15,7 +15,7 @@ from common.files import write_text
 from common.train_options import DataOptions, TrainOptions
 from data.bad_pairs import BadPair, read_caption, read_row
 from data.contradictions import contradictions
-from data.images import BadImage, image_bytes, mode_and_size
+from common.images import BadImage, image_bytes, mode_and_size
 from data.pairs import PairDataset
 from data.table import PairTable, choose_pairs, load_table
 from models.family import Family
@@ -77,9 +77,9 @@ class CheckedPairs(torch.utils.data.Dataset):
 def look(options: TrainOptions, family: Family | None, workers: int, report_file: str | None) -> None:
     """Look through the pairs that the options name and print what is found. Raises UserError for too many bad pairs."""
     data = options.data
-    resolution = data.resolution or (family.resolution if family else 512)
+    resolution = data.resolution or (family.training_resolution if family else 512)
     table = load_table(data, options.model.cache_dir)
-    winners_only = not options.objective.needs_reference or "jpg_0" not in table.column_names and data.image_column in table.column_names
+    winners_only = options.objective.winners_only or "jpg_0" not in table.column_names and data.image_column in table.column_names
     pairs = choose_pairs(table, data, seed=0, winners_only=winners_only)
     print(f"{data.source}, split {data.split}: {len(table)} rows, {len(pairs)} to train on")
     for note in pairs.notes:

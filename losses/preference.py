@@ -1,21 +1,22 @@
 """From predictions to a loss: errors, margin, safeguard, objective."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from losses.config import LossConfig
-from losses.diffusion_dpo import diffusion_dpo_loss
-from losses.dmpo import dmpo_loss
-from losses.dspo import dspo_loss, dspo_sdxl_loss
-from losses.errors import denoising_errors, implicit_accuracy, preference_margin
+from losses.errors import denoising_errors, implicit_accuracy
+from losses.kto import kto_reference_point, pair_gains
+from losses.objectives import UNEQUAL_PULLS, Pairs, pair_loss, pulls
 from losses.safeguard import scale_gradient, winner_preserving_scale
 
 
 @dataclass
 class PreferenceLoss:
-    """loss: scalar, to be minimised. margin: (B,) logits, detached; None for sft. winner_scale: lambda, () or (B,).
+    """loss: scalar, to be minimised. margin: (B,) logits, detached; u, but m for mapo and None for sft.
+    winner_scale: lambda, () or (B,).
     logs: scalars on the device, detached, under the names that the trackers show. Nothing here waits for the device."""
 
     loss: Tensor
@@ -25,13 +26,16 @@ class PreferenceLoss:
 
 
 def preference_loss(model_pred: Tensor, ref_pred: Tensor | None, target: Tensor, config: LossConfig,
-                    loser_scale: Tensor | float | None = None) -> PreferenceLoss:
+                    loser_scale: Tensor | float | None = None,
+                    kto_z: Tensor | Callable[[Tensor], Tensor] | None = None) -> PreferenceLoss:
     """One objective on a batch of B pairs.
 
     model_pred, ref_pred, target: (2B, C, H, W) predictions of the policy, of the reference (no gradient) and what they
     should be, winners first; any float dtype, errors are taken in float32. For `sft` the tensors hold winners alone,
-    (B, C, H, W), and ref_pred is not looked at.
+    (B, C, H, W). ref_pred may be None, and is not looked at, where config.needs_reference is false.
     loser_scale: overrides the safeguard's lambda with a given () or (B,) one; for controls and measurements.
+    kto_z: KTO's reference point (), or a function from this batch's gains (2B,) to it, for the mean over all processes:
+    lambda gain: kto_reference_point(accelerator.gather(gain)). By default this batch's own. Other methods ignore it.
 
     Raises ValueError when the shapes do not match or a preference objective gets an odd number of samples.
     """
@@ -41,46 +45,62 @@ def preference_loss(model_pred: Tensor, ref_pred: Tensor | None, target: Tensor,
         loss = denoising_errors(model_pred, target).mean()
         return PreferenceLoss(loss, None, loss.new_ones(()), {"train_loss": loss.detach(),
                                                               "model_mse_unaccumulated": loss.detach()})
-    if ref_pred is None or ref_pred.shape != target.shape or len(target) % 2:
+    if len(target) % 2:
+        raise ValueError(f"{config.method} needs winners and losers stacked: target {tuple(target.shape)}")
+    if config.needs_reference and (ref_pred is None or ref_pred.shape != target.shape):
         got = None if ref_pred is None else tuple(ref_pred.shape)
-        raise ValueError(f"{config.method} needs winners and losers stacked, and the reference's prediction for each: "
+        raise ValueError(f"{config.method} needs the reference's prediction for each winner and loser: "
                          f"target {tuple(target.shape)}, ref_pred {got}")
 
-    model_pred, ref_pred, target = model_pred.float(), ref_pred.detach().float(), target.float()
-    model_error_w, model_error_l = denoising_errors(model_pred, target).chunk(2)
-    ref_error_w, ref_error_l = denoising_errors(ref_pred, target).chunk(2)
-
+    pairs = _compare(model_pred.float(), ref_pred.detach().float() if config.needs_reference else None, target.float())
+    if config.method == "kto":
+        pairs = replace(pairs, kto_z=_reference_point(pairs, kto_z))
     if loser_scale is not None:
         scale = torch.as_tensor(loser_scale, dtype=torch.float32, device=target.device)
     elif config.use_winner_preserving:
         scale = winner_preserving_scale(model_pred, target, config.winner_preserving_mu,
-                                        config.winner_preserving_granularity)
+                                        config.winner_preserving_granularity,
+                                        pulls(pairs, config) if config.method in UNEQUAL_PULLS else None)
     else:
         scale = torch.ones((), device=target.device)
-    scaled_error_l = scale_gradient(model_error_l, scale)
-    margin = preference_margin(model_error_w, scaled_error_l, ref_error_w, ref_error_l, config.beta)
+    loss, margin = pair_loss(replace(pairs, error_l=scale_gradient(pairs.error_l, scale)), config)
+    return PreferenceLoss(loss, margin.detach(), scale, _scalars(loss, margin, scale, pairs))
 
-    winner = slice(0, len(margin))
-    if config.method == "diffusion-dpo":
-        loss = diffusion_dpo_loss(margin)
-    elif config.method == "dmpo":
-        loss = dmpo_loss(margin, config.dmpo_alpha)
-    elif config.sdxl:
-        loss = dspo_sdxl_loss(margin, model_pred[winner], ref_pred[winner])
-    else:
-        loss = dspo_loss(margin, model_pred[winner], ref_pred[winner], target[winner], config.beta)
 
-    with torch.no_grad():
-        margin = margin.detach()
-        logs = {
-            "train_loss": loss.detach(),
-            "implicit_acc_accumulated": implicit_accuracy(margin),
-            "model_mse_unaccumulated": 0.5 * (model_error_w + model_error_l).mean(),
-            "ref_mse_unaccumulated": 0.5 * (ref_error_w + ref_error_l).mean(),
-            "avg_win_diff_loss": (model_error_w - ref_error_w).mean(),
-            "avg_lose_diff_loss": (model_error_l - ref_error_l).mean(),
-            "avg_lose_l_scale": scale.mean(),
-            "margin_mean": margin.mean(),
-            "margin_square": margin.square().mean(),  # becomes margin_std once averaged over batches and processes
+def _compare(model_pred: Tensor, ref_pred: Tensor | None, target: Tensor) -> Pairs:
+    """The errors of policy and reference, and the winners' halves of the predictions."""
+    error_w, error_l = denoising_errors(model_pred, target).chunk(2)
+    winners = slice(0, len(error_w))
+    if ref_pred is None:
+        return Pairs(error_w, error_l, None, None, model_pred[winners], None, target[winners], None)
+    ref_error_w, ref_error_l = denoising_errors(ref_pred, target).chunk(2)
+    return Pairs(error_w, error_l, ref_error_w, ref_error_l, model_pred[winners], ref_pred[winners], target[winners],
+                 None)
+
+
+def _reference_point(pairs: Pairs, given: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor:
+    """KTO's z () from what the caller gave. A function is called once, so it may communicate."""
+    gain = pair_gains(pairs.error_w, pairs.error_l, pairs.ref_error_w, pairs.ref_error_l)[0].detach()
+    if callable(given):
+        return given(gain)
+    return kto_reference_point(gain) if given is None else given
+
+
+@torch.no_grad()
+def _scalars(loss: Tensor, margin: Tensor, scale: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+    """What the trackers show of a batch of pairs; nothing of the reference where there is none."""
+    logs = {
+        "train_loss": loss.detach(),
+        "implicit_acc_accumulated": implicit_accuracy(margin),
+        "model_mse_unaccumulated": 0.5 * (pairs.error_w + pairs.error_l).mean(),
+        "avg_lose_l_scale": scale.mean(),
+        "margin_mean": margin.mean(),
+        "margin_square": margin.square().mean(),  # becomes margin_std once averaged over batches and processes
+    }
+    if pairs.ref_error_w is not None:
+        logs |= {
+            "ref_mse_unaccumulated": 0.5 * (pairs.ref_error_w + pairs.ref_error_l).mean(),
+            "avg_win_diff_loss": (pairs.error_w - pairs.ref_error_w).mean(),
+            "avg_lose_diff_loss": (pairs.error_l - pairs.ref_error_l).mean(),
         }
-    return PreferenceLoss(loss, margin, scale, logs)
+    return logs

@@ -74,6 +74,9 @@ class FakeTask:
     def flags(self) -> dict[str, float]:
         return {"rank": float(self.run.accelerator.process_index)}
 
+    def stepped(self) -> None:
+        pass
+
     def settle(self, step: int, logs: dict) -> str | None:
         self.now = step
         self.settled.append(step)

@@ -3,7 +3,8 @@
 import itertools
 import json
 import secrets
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from models.devices import COMPUTE_DTYPES, raise_together, start_accelerator
 from training.checkpoints import PROGRESS, list_checkpoints, read_progress
 
 RUN_FILE = "run.json"
+RESULTS = ("unet.pth", "pytorch_lora_weights.safetensors")
 # What a run leaves in output_dir, besides the pipeline around its network, which the next result replaces whole.
 RUN_OUTPUTS = ("checkpoint-*", RUN_FILE, "metrics.jsonl", "bad_data.jsonl", "nonfinite.jsonl", "unet.pth",
-               "pytorch_lora_weights.safetensors", "validation", "logs")
+               "pytorch_lora_weights.safetensors", "step-aware_preference_model.bin", "accuracy.json", "validation", "logs",
+               "train.log", "curves.png")
 
 
 @dataclass
@@ -31,6 +34,25 @@ class Run:
     options: TrainOptions
     accelerator: Accelerator
     stop: StopSignal
+    warnings: list[str] = field(default_factory=list)  # of the step that is under way
+
+    def say(self, text: str) -> None:
+        """Print, and keep in OUTPUT_DIR/train.log; the main process alone."""
+        if self.main:
+            print(text, flush=True)
+            self._log(text)
+
+    def warn(self, text: str) -> None:
+        """A warning, which metrics.jsonl keeps with its step too; from the main process alone."""
+        if self.main:
+            warn(text)
+            self._log(f"warning: {text}")
+            self.warnings.append(text)
+
+    def _log(self, text: str) -> None:
+        if self.output_dir.is_dir():
+            with open(self.output_dir / "train.log", "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +118,7 @@ def changed_settings(before: dict, now: dict) -> list[str]:
 def settings_of_run(output_dir: Path) -> dict | None:
     """The settings that the run in output_dir was made with; None where there is none, or its record is damaged."""
     checkpoints = list_checkpoints(output_dir)
-    if not checkpoints and not (output_dir / "unet.pth").is_file():
+    if not checkpoints and not any((output_dir / name).is_file() for name in RESULTS):
         return None
     try:
         settings = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))

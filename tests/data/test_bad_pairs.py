@@ -6,10 +6,14 @@ import time
 import numpy as np
 import pytest
 
+<<<<<<< HEAD
 from common.errors import UserError
-from data.images import BadImage, decode_image, image_bytes
+from common.images import BadImage, decode_image, image_bytes
 from tests.faults import REPLACED, encoded, image_faults, picture, write_faulty_pairs
 from tests.runs import equal, weights
+=======
+from common.images import BadImage, decode_image, image_bytes
+>>>>>>> main
 
 JPEG = encoded(picture(), "JPEG")
 
