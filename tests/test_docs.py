@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.options_table import table
+from scripts.options_table import table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,4 +1,4 @@
-"""Print the table of options that docs/training.md has: python -m training.options_table"""
+"""Print the table of options that docs/training.md has: python -m scripts.options_table"""
 
 from common.options import options_table
 from common.train_options import GROUPS
