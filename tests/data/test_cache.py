@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 
 import data.encode
 from common.errors import UserError
+from common.images import decode_image, image_bytes
 from common.locks import release
 from common.train_options import parse_options
 from data.cache import CacheOptions, cache as make, main
 from data.cached import CachedDataset, check_cache
-from common.images import decode_image, image_bytes
 from data.images import to_pixels
 from models.family import open_family
 from shapes.pipeline import build_pipeline
@@ -76,7 +76,7 @@ def test_twenty_steps_agree_with_uncached_training(train_run, tiny_sd15, pairs_d
 def test_sdxl_and_several_passes_agree(train_run, tiny_sdxl, pairs_dir, tmp_path):
     argv = common(tiny_sdxl, pairs_dir)
     cache(argv, tmp_path / "cache")
-    argv += ["--max_train_samples", 10, "--train_batch_size", 4, "--max_train_steps", 6]
+    argv += ["--max_train_samples", 7, "--train_batch_size", 4]  # the second step's batch is of two epochs
     assert largest_difference(train_run(argv), train_run(argv + ["--cached_dataset", tmp_path / "cache"])) == 0.0
 
 
@@ -97,7 +97,7 @@ def test_rows_with_bad_images_have_the_same_outcome(train_run, tiny_sd15, pairs_
     for row in table:
         row["label_0"] = 1.0
     datasets.Dataset.from_list(table).to_parquet(str(tmp_path / "pairs.parquet"))
-    argv = common(tiny_sd15, tmp_path / "pairs.parquet") + ["--max_bad_fraction", 1, "--max_train_steps", 6]
+    argv = common(tiny_sd15, tmp_path / "pairs.parquet") + ["--max_bad_fraction", 1, "--train_batch_size", 4]
     made = cache(argv, tmp_path / "cache")
     assert {row: list(columns) for row, columns in made.faults.items()} == {3: ["jpg_1"], 5: ["jpg_0"],
                                                                             7: ["jpg_0, jpg_1"]}
