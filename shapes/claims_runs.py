@@ -23,7 +23,7 @@ from losses import denoising_errors, preference_margin
 from losses.errors import implicit_accuracy
 from models.family import open_family
 from shapes.base import sample_drawing
-from shapes.claims import Settings
+from shapes.claims_options import Settings
 from shapes.claims_report import write_report
 from shapes.drawing import caption
 from shapes.experiment import Enough, Work, do_all, draw_with, evaluating, reset_accelerate, run_options, train_here, worker_pool
