@@ -70,7 +70,7 @@ def common(kind, bases, pairs_dir):
 
 
 WHOLE = ("--mixed_precision", "no", "--lora_rank", 0)
-LORA = ("--mixed_precision", "no", "--lora_rank", 4, "--lora_alpha", 6)
+LORA = ("--mixed_precision", "no", "--lora_rank", 4, "--lora_alpha", 6, "--learning_rate", 1e-2)
 
 
 def opened(kind, bases):
