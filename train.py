@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
-#from spo.options import SPOOptions, check_spo_options
+from spo.options import SPOOptions, check_spo_options
 from common.train_options import TrainOptions, parse_options
 
 if TYPE_CHECKING:
@@ -49,9 +49,12 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         outcome = fit(task, run, watch)
 
         # 5. The result: weights, and a pipeline that diffusers opens.
+        left = None
         if outcome.finished and outcome.step > 0:
             from training.result import save_result
             left = save_result(run, family, task.policy)
+        run.accelerator.end_training()
+        if left:
             run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
             trained = run.output_dir / family.weights_file if family.backbone == "unet" else run.output_dir
             run.say(f"Next: bash scripts/eval/test_{family.name}.sh {trained}")
@@ -70,8 +73,8 @@ def duration(seconds: float) -> str:
 
 
 def main() -> int:
-    options = parse_options(None, description=__doc__)
-    #check_spo_options(options)
+    options = parse_options(None, SPOOptions, description=__doc__)
+    check_spo_options(options)
     quiet_libraries()
     outcome = train(options)
     return 0 if outcome.step > 0 or not outcome.finished else 3  # 3: nothing was learned, its reason was reported

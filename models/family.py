@@ -7,6 +7,7 @@ alone. To add one: write the class, add its line to FAMILIES, and give it a pres
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -40,6 +41,8 @@ class Family(Protocol):
     compiled_blocks: tuple[type, ...]  # repeated blocks, compiled and sharded one by one
     resolution: int  # pixels that the base was made for
     training_resolution: int  # the published training's, unless --resolution says otherwise
+    images_at_once: int  # that eval.generate samples together
+    evaluation_vae: str | None  # hub id of the VAE that the published evaluation decodes with, where not the base's own
     always_checkpoints: bool  # the published runs recompute activations whatever is asked
     empty_prompt: str  # what the pipeline's unconditional prediction reads
     empty_is_zeros: bool  # whether the base's own pipeline takes zeros for the empty prompt instead of encoding it
@@ -53,8 +56,11 @@ class Family(Protocol):
     vae: "nn.Module | None"
     text_encoders: "list[nn.Module]"
 
-    def load_encoders(self, dtype: "torch.dtype", device: "torch.device") -> None:
-        """VAE and text encoders, frozen, on the device. Raises UserError."""
+    def load_encoders(self, dtype: "torch.dtype", device: "torch.device", vae_dtype: "torch.dtype | None" = None) -> None:
+        """VAE (in vae_dtype, where that differs) and text encoders, frozen, on the device. Raises UserError."""
+
+    def vae_dtype(self, asked: "torch.dtype") -> "torch.dtype":
+        """The type that the VAE is loaded in where `asked` is asked for: some overflow in fp16."""
 
     def encoder_sources(self) -> dict[str, tuple[str, str | None, str | None, str | None]]:
         """(name, subfolder, revision, cache_dir) of each part that a cache's content depends on."""
@@ -159,9 +165,18 @@ def _from_hub(base: str, revision: str | None, cache_dir: str | None) -> str:
                         f"({first_line(error)[:160]})") from None
 
 
-def open_family(options: ModelOptions) -> Family:
-    """The family of --pretrained_model_name_or_path with its small files read. Raises UserError for a path that does not
-    exist, a pipeline of an unknown family, and --sdxl beside another family."""
+def unpacked(options: ModelOptions) -> ModelOptions:
+    """The same options, naming a diffusers folder where they name a single checkpoint file. Raises UserError."""
+    path = Path(options.pretrained_model_name_or_path)
+    if not path.is_file():
+        return options
+    from models.single_file import as_folder
+    return replace(options, pretrained_model_name_or_path=str(as_folder(path, options.cache_dir)))
+
+
+def find_family(options: ModelOptions) -> tuple[type, dict]:
+    """The family's class of --pretrained_model_name_or_path, and the base's model_index.json. Raises UserError for a path
+    that does not exist, a pipeline of an unknown family, and --sdxl beside another family."""
     base = options.pretrained_model_name_or_path
     index = read_model_index(base, options.revision, options.cache_dir)
     known = FAMILIES.get(index["_class_name"])
@@ -170,4 +185,11 @@ def open_family(options: ModelOptions) -> Family:
     kind = getattr(importlib.import_module(known.module), known.name)
     if options.sdxl and kind.name != "sdxl":
         raise UserError(f"--sdxl, but {base} is {kind.label}: leave --sdxl out")
+    return kind, index
+
+
+def open_family(options: ModelOptions) -> Family:
+    """The family of --pretrained_model_name_or_path with its small files read. Raises UserError."""
+    options = unpacked(options)
+    kind, index = find_family(options)
     return kind(options, index)

@@ -9,7 +9,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import nn
 
-from common.errors import warn
+from common.errors import UserError, warn
 from models.family import Family
 from models.networks import load_network
 from common.train_options import MemoryOptions
@@ -41,6 +41,39 @@ class Policy:
                 yield self.network
             finally:
                 self.network.enable_adapters()
+
+
+class MovingReference:
+    """The reference as a float32 exponential moving average of the policy, for --reference_ema.
+
+    The average is kept beside the reference, whose compute weights are rounded: averaging those would lose half of a slow
+    movement.
+    """
+
+    def __init__(self, policy: Policy, decay: float):
+        self.policy, self.decay = policy, decay
+        self.average = {name: value.detach().float().clone() for name, value in policy.network.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step: average = decay * average + (1 - decay) * policy."""
+        for name, value in self.policy.network.named_parameters():
+            self.average[name].lerp_(value.detach().float(), 1.0 - self.decay)
+        self.show()
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Put the average into the reference."""
+        for name, value in self.policy.reference.named_parameters():
+            value.data.copy_(self.average[name])
+
+    def load(self, average: dict[str, torch.Tensor]) -> None:
+        """A checkpoint's average. Raises UserError where it does not fit."""
+        if {name: value.shape for name, value in average.items()} != {n: v.shape for n, v in self.average.items()}:
+            raise UserError("the checkpoint's reference is of another model: name an earlier one with --resume_from_checkpoint")
+        for name, value in average.items():
+            self.average[name].copy_(value)
+        self.show()
 
 
 def load_policy(family: Family, memory: MemoryOptions, dtype: torch.dtype, device: torch.device, needs_reference: bool,

@@ -68,6 +68,9 @@ class Task(Protocol):
     def settle(self, step: int, logs: dict[str, float]) -> str | None:
         """After the reduction: count, warn, add to `logs`; what is wrong, where the run has to end after saving."""
 
+    def stepped(self) -> None:
+        """The optimizer has stepped."""
+
     @property
     def resumable(self) -> bool:
         """Whether a checkpoint of now could be continued exactly."""
@@ -98,8 +101,10 @@ class _Progress:
 def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
     """Train task.trained from the start, or from the checkpoint that --resume_from_checkpoint names, to the end.
 
-    Checkpoints are left in the run's folder, a last one included. Raises UserError for a checkpoint that does not fit, for
-    too many steps without a finite loss and gradient, and for what the task finds wrong; what was learned is saved first.
+    Checkpoints are left in the run's folder, a last one included. Where it finished, the trackers and the connection of the
+    processes are left open for the result: accelerator.end_training() closes them. Raises UserError for a checkpoint that
+    does not fit, for too many steps without a finite loss and gradient, and for what the task finds wrong; what was learned
+    is saved first.
     """
     accelerator, options = run.accelerator, run.options
 
@@ -157,6 +162,8 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
             finite = guard.settle_together(now.step, logs, task.samples)
             problem = task.settle(now.step, logs)
             take_step(accelerator, optimizer, schedule, finite)
+            if finite:
+                task.stepped()
 
             logs |= {"skipped_steps": float(guard.skipped_steps), "lr": schedule.get_last_lr()[0],
                      "pairs_per_second": throughput(), "peak_memory_gb": peak_memory_gb(run.device)}
@@ -199,7 +206,6 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
         task.validate(now.step)
     if max(now.saved, 0) < now.step:
         save(now.step)
-    accelerator.end_training()
     return Outcome(now.step, finished=True)
 
 
@@ -209,5 +215,5 @@ def tracker_config(options: dict[str, Any]) -> dict[str, int | float | str | boo
 
 def shown_in_bar(logs: dict[str, float]) -> dict[str, str]:
     names = {"train_loss": "loss", "implicit_acc_accumulated": "acc", "accuracy": "acc", "avg_lose_l_scale": "lambda",
-             "pairs_per_second": "pairs/s"}
+             "spo/epoch": "epoch", "spo/kept_share": "kept", "pairs_per_second": "pairs/s"}
     return {short: f"{logs[name]:.4g}" for name, short in names.items() if name in logs}

@@ -23,7 +23,8 @@ RUN_FILE = "run.json"
 RESULTS = ("unet.pth", "pytorch_lora_weights.safetensors")
 # What a run leaves in output_dir, besides the pipeline around its network, which the next result replaces whole.
 RUN_OUTPUTS = ("checkpoint-*", RUN_FILE, "metrics.jsonl", "bad_data.jsonl", "nonfinite.jsonl", "unet.pth",
-               "pytorch_lora_weights.safetensors", "validation", "logs", "train.log", "curves.png")
+               "pytorch_lora_weights.safetensors", "step-aware_preference_model.bin", "accuracy.json", "validation", "logs",
+               "train.log", "curves.png")
 
 
 @dataclass
@@ -103,10 +104,15 @@ def start_run(options: TrainOptions, stop: StopSignal) -> Run:
 # --- the folder --------------------------------------------------------------------------------------------------------
 
 def changed_settings(before: dict, now: dict) -> list[str]:
-    """What differs between the settings of a run and of its continuation; a setting that only one of them knows (of
-    another version) counts as unchanged."""
-    return [f"{name} was {before[name]!r}, is {now[name]!r}" for name in sorted(before.keys() & now.keys())
-            if before[name] != now[name]]
+    """What differs between the settings of a run and of its continuation. A setting that only one of them knows (of another
+    version) counts as unchanged, and so does what an earlier version left open: the optimizer "auto", and the mu of a
+    safeguard that is off."""
+    known = before.keys() & now.keys()
+    if before.get("optimizer") == "auto":
+        known -= {"optimizer"}
+    if not before.get("use_winner_preserving") and not now.get("use_winner_preserving"):
+        known -= {"winner_preserving_mu"}
+    return [f"{name} was {before[name]!r}, is {now[name]!r}" for name in sorted(known) if before[name] != now[name]]
 
 
 def settings_of_run(output_dir: Path) -> dict | None:

@@ -21,10 +21,13 @@ from common.files import make_readable, write_text
 from models.devices import writing
 from models.family import Family
 from models.networks import LORA_FILE
+from models.policy import MovingReference
 from models.weights import load_strictly, read_state_dict
 from training.checkpoints import (PROGRESS, choose_checkpoint, list_checkpoints, put_in_place, read_progress,
                                   remove_leftovers, remove_older, step_of, write_manifest)
 from training.run import Run, changed_settings, set_aside
+
+REFERENCE_FILE = "reference.pth"
 
 
 # --- the trained weights -----------------------------------------------------------------------------------------------
@@ -47,6 +50,22 @@ class WholeWeights:
 
     def load(self, network: nn.Module, folder: Path) -> None:
         load_strictly(network, read_state_dict(folder / self.name), folder)
+
+
+@dataclass
+class WeightsAndReference(WholeWeights):
+    """All weights, and the reference where it moves."""
+
+    reference: MovingReference | None = None
+
+    def save(self, accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
+        super().save(accelerator, model, folder)
+        if accelerator.is_main_process:
+            torch.save({name: value.cpu() for name, value in self.reference.average.items()}, folder / REFERENCE_FILE)
+
+    def load(self, network: nn.Module, folder: Path) -> None:
+        super().load(network, folder)
+        self.reference.load(read_state_dict(folder / REFERENCE_FILE))
 
 
 @dataclass
@@ -192,16 +211,18 @@ def load_checkpoint(run: Run, schedule, folder: Path) -> int:
 def refuse_pickles(run: Run, folder: Path) -> None:
     """Refuse what would run code when loaded. Raises UserError.
 
-    accelerate unpickles the states of registered objects, and so do the sharded formats of torch and DeepSpeed: the
-    former are tried without running anything, the latter are taken from the run's own folder alone. It would skip random
-    states without a word when they cannot be loaded.
+    The sharded formats of torch and DeepSpeed are unpickled: they are taken from the run's own folder alone. accelerate
+    would skip random states without a word when they cannot be loaded, and unpickle registered objects, which no run has.
     """
+    if any(folder.glob("custom_checkpoint_*.pkl")):
+        raise UserError(f"{folder} is of an earlier version of SPO here, whose progress is not read any more: finish it with that "
+                        "version, or start anew with --resume_from_checkpoint none")
     states = folder / f"random_states_{run.accelerator.process_index}.pkl"
-    for path in [*sorted(folder.glob("custom_checkpoint_*.pkl")), *([states] if states.is_file() else [])]:
+    if states.is_file():
         try:
-            load_plain(path, map_location="cpu")  # torch.load with weights_only, and what random states are made of
+            load_plain(states, map_location="cpu")  # torch.load with weights_only, and what random states are made of
         except Exception:  # whatever a damaged file makes torch stumble over
-            raise UserError(f"{path} is damaged or asks to run code when loaded: it was refused, nothing in it was "
+            raise UserError(f"{states} is damaged or asks to run code when loaded: it was refused, nothing in it was "
                             "executed") from None
     if sharded(run.accelerator) and folder.resolve().parent != run.output_dir.resolve():
         raise UserError(f"{folder} is a sharded checkpoint, a format that can run code when loaded: if you trust it, "
