@@ -72,7 +72,7 @@ def write_report(folder: str | Path, images: str = "auto") -> Path:
     return write_page(
         folder / "report.html", "report.html.j2", summary=summary, labels=labels, pairs=pairs,
         data={"labelA": summary["pair"]["model_a"], "labelB": summary["pair"]["model_b"], "metrics": list(labels.items()),
-              "pairs": page_data(folder, pair_files, inline)})
+              "pairs": page_data(folder, pair_files, inline), "votes": summary.get("human", {}).get("by_pair")})
 
 
 def main(argv: list[str] | None = None) -> None:
