@@ -7,10 +7,11 @@ It reads from top to bottom: options, family, pairs, policy and reference, fit, 
 loop in training/fit.py.
 """
 
+import time
 from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
-#from spo.options import SPOOptions, check_spo_options
+from spo.options import SPOOptions, check_spo_options
 from common.train_options import TrainOptions, parse_options
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
     watch(step, network, scalars) is called before the first step and after each. Raises UserError for what the user can
     mend. Nothing heavy is imported before the options are known to be good and the base to be there.
     """
+    start = time.monotonic()
     # 1. The base: which family it is, and what follows from that.
     from models.family import open_family
     family = open_family(options.model)
@@ -47,20 +49,32 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         outcome = fit(task, run, watch)
 
         # 5. The result: weights, and a pipeline that diffusers opens.
+        left = None
         if outcome.finished and outcome.step > 0:
             from training.result import save_result
             left = save_result(run, family, task.policy)
-            if run.main:
-                print(f"Done: {left}", flush=True)
-                if options.run.push_to_hub:
-                    from training.hub import push
-                    print(f"Published at {push(options, family.license)}", flush=True)
+        run.accelerator.end_training()
+        if left:
+            run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
+            trained = run.output_dir / family.weights_file if family.backbone == "unet" else run.output_dir
+            run.say(f"Next: bash scripts/eval/test_{family.name}.sh {trained}")
+            if options.run.push_to_hub and run.main:
+                from training.hub import push
+                run.say(f"Published at {push(options, family.license)}")
     return outcome
 
 
+def duration(seconds: float) -> str:
+    """"2 h 5 min", "3 min 20 s", "14 s"."""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {int(seconds % 60)} s" if minutes else f"{seconds:.0f} s"
+
+
 def main() -> int:
-    options = parse_options(None, description=__doc__)
-    #check_spo_options(options)
+    options = parse_options(None, SPOOptions, description=__doc__)
+    check_spo_options(options)
     quiet_libraries()
     outcome = train(options)
     return 0 if outcome.step > 0 or not outcome.finished else 3  # 3: nothing was learned, its reason was reported

@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 from common.errors import UserError, warn
 from common.options import declaration, default_of, option, parse, warn_of_ignored
-PAIRWISE = ("diffusion-dpo", "dspo", "dmpo")
+
+PAIRWISE = ("diffusion-dpo", "dspo", "dmpo", "mapo", "poly-dpo", "linear-dpo", "ipo", "dpop", "kto")
+WITH_BETA = tuple(method for method in PAIRWISE if method != "mapo")
+REFERENCE_FREE = ("sft", "mapo")
 OFFLINE = (*PAIRWISE, "sft")
 
 
@@ -22,7 +25,25 @@ class ModelOptions:
     pretrained_vae_model_name_or_path: str | None = option(None, "another VAE than the base pipeline's")
     unet_init: str | None = option(None, "weights that start policy AND reference: a diffusers folder, unet.pth, ...")
     sdxl: bool = option(False, "the base is SDXL: refuse any other (the base's model_index.json says which it is)")
-    lora_rank: int = option(0, "train LoRA of this rank on the attention layers; 0 trains the whole network", at_least=0)
+    lora_rank: int = option(0, "train LoRA of this rank on the attention layers; 0 trains the whole network", at_least=0,
+                            default_text="0; flow matching 32, Qwen-Image 64")
+    lora_alpha: float | None = option(None, "LoRA is scaled by this over its rank", above=0,
+                                      default_text="the rank; flow matching twice the rank")
+    merge_lora: bool = option(False, "leave the whole pipeline with the LoRA merged, beside the adapter (UNets: always)",
+                              free=True)
+    max_sequence_length: int | None = option(
+        None, "tokens of a caption that flow-matching bases read", at_least=16,
+        default_text="SD3 256, others 512; SD1.5 and SDXL read 77, always")
+    timestep_sampling: Literal["uniform", "logit_normal"] | None = option(
+        None, "how sigma is drawn for flow matching, before the shift; SD1.5 and SDXL draw from all timesteps alike",
+        default_text="SD3 logit_normal, others uniform")
+    logit_mean: float = option(0.0, "of logit_normal: above 0 there is more noise (flow matching alone)")
+    logit_std: float = option(1.0, "of logit_normal (flow matching alone)", above=0)
+    timestep_shift: float | None = option(
+        None, "s in sigma' = s sigma / (1 + (s - 1) sigma), above 1 for more noise (flow matching alone)", above=0,
+        default_text="the base's static one; 1 where its sampler's depends on the size")
+    embedded_guidance: float = option(1.0, "guidance that policy and reference are told in training, where it is an input of "
+                                      "the network; 1 keeps what was distilled", above=0)
     cache_dir: str | None = option(None, "where hub downloads are kept", free=True)
 
 
@@ -51,23 +72,27 @@ class DataOptions:
     image_column: str = option("image", "image column of a dataset without pairs", methods=("sft",))
     caption_column: str = option("caption", "caption column")
     max_train_samples: int | None = option(None, "use a seeded shuffle's first N pairs (spo: prompts)", at_least=1)
-    resolution: int | None = option(None, "training size in pixels", at_least=8, default_text="the base's own: SD1.5 512, SDXL 1024")
-    random_crop: bool = option(False, "random instead of centre crops, drawn for each image")
-    no_hflip: bool = option(False, "no horizontal flips")
-    paired_hflip: bool = option(False, "flip winner and loser together instead of independently")
-    proportion_empty_prompts: float = option(0.2, "share of prompts replaced by the empty one", at_least=0, at_most=1)
+    resolution: int | None = option(None, "training size in pixels", at_least=8,
+                                    default_text="the base's own: SD1.5 512, SDXL 1024; flow matching 512 at most")
+    random_crop: bool = option(False, "random instead of centre crops, drawn for each image", methods=OFFLINE)
+    no_hflip: bool = option(False, "no horizontal flips", methods=OFFLINE)
+    paired_hflip: bool = option(False, "flip winner and loser together instead of independently", methods=OFFLINE)
+    proportion_empty_prompts: float = option(0.2, "share of prompts replaced by the empty one", at_least=0, at_most=1,
+                                             methods=OFFLINE)
     choice_model: Literal["aes", "clip", "hps", "pickscore", "imagereward", "oracle"] | None = option(
-        None, "relabel the pairs by this scorer; oracle: of drawn shapes")
+        None, "relabel the pairs by this scorer; oracle: of drawn shapes", methods=OFFLINE)
     metrics_config: str | None = option(None, "model ids and paths of --choice_model (default configs/metrics.yaml)",
-                                        free=True, needs="choice_model")
-    dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models")
-    dataloader_num_workers: int = option(0, "processes that decode images, a device; one a core at most", at_least=0, free=True)
+                                        free=True, needs="choice_model", methods=OFFLINE)
+    dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models", methods=OFFLINE)
+    dataloader_num_workers: int = option(0, "processes that decode images, a device; one a core at most", at_least=0, free=True,
+                                         methods=OFFLINE)
     cached_dataset: str | None = option(None, "a folder made by data.cache with the same flags: its encoded images "
-                                        "and prompts replace VAE and text encoders", free=True)
-    noise_offset: float = option(0.0, "scale of a per-channel offset added to the noise", at_least=0)
-    input_perturbation: float = option(0.0, "scale of extra noise on the model's input, shared by the pair", at_least=0)
+                                        "and prompts replace VAE and text encoders", free=True, methods=OFFLINE)
+    noise_offset: float = option(0.0, "scale of a per-channel offset added to the noise", at_least=0, methods=OFFLINE)
+    input_perturbation: float = option(0.0, "scale of extra noise on the model's input, shared by the pair", at_least=0,
+                                       methods=OFFLINE)
     max_bad_fraction: float = option(0.01, "stop when clearly more than this share of the pairs cannot be used", at_least=0,
-                                     at_most=1, free=True)
+                                     at_most=1, free=True, methods=OFFLINE)
 
     @property
     def source(self) -> str | None:
@@ -83,12 +108,29 @@ class DataOptions:
 class ObjectiveOptions:
     title = "objective"
 
-    train_method: Literal["diffusion-dpo", "dspo", "dmpo", "sft", "spo"] = option("diffusion-dpo", "the objective")
+    train_method: Literal["diffusion-dpo", "dspo", "dmpo", "mapo", "poly-dpo", "linear-dpo", "ipo", "dpop", "kto", "sft",
+                          "spo"] = option("diffusion-dpo", "the objective")
     sft: bool = option(False, "the same as --train_method sft")
-    beta_dpo: float | None = option(None, "beta, strength of the implicit KL to the reference", above=0, methods=PAIRWISE,
-                                    default_text="published: 5000; dmpo 2000, SDXL 6000; dspo 0.001, SDXL 5000")
+    beta_dpo: float | None = option(None, "beta, strength of the implicit KL to the reference", above=0, methods=WITH_BETA,
+                                    default_text="published: 5000; dmpo 2000, SDXL 6000; dspo 0.001, SDXL 5000; linear-dpo "
+                                                 "100, SDXL 500")
     dmpo_alpha: float | None = option(None, "DMPO's label smoothing", at_least=0, below=1, methods=("dmpo",),
                                       default_text="published: 0.01")
+    mapo_weight: float = option(0.1, "MaPO's weight of the margin term", at_least=0, methods=("mapo",))
+    mapo_scale: float = option(0.5, "MaPO's scale s of the errors", above=0, methods=("mapo",))
+    mapo_timesteps: int = option(1000, "MaPO's T", at_least=1, methods=("mapo",))
+    poly_alpha: float = option(8.0, "Poly-DPO's weight on undecided pairs; below -1 it would reverse pairs", at_least=-1,
+                               methods=("poly-dpo",))
+    linear_eta: float = option(1e-3, "Linear-DPO's lowest weight of a pair", at_least=0, at_most=0.5, methods=("linear-dpo",))
+    ipo_target: float = option(0.5, "the margin that IPO aims at", above=0, methods=("ipo",))
+    dpop_penalty: float = option(1.0, "DPOP's k; none is published for diffusion, 1 to 10 is where to start", at_least=0,
+                                 methods=("dpop",))
+    kto_liked_weight: float = option(1.6, "KTO's weight of liked images; disliked ones weigh 2 - w", at_least=0, at_most=2,
+                                     methods=("kto",))
+    winner_error_weight: float = option(0.0, "adds this much of the winners' own error to an objective of pairs", at_least=0,
+                                        methods=PAIRWISE)
+    reference_ema: float | None = option(None, "the reference follows the policy as a float32 moving average of this decay; by "
+                                               "default it stands still", above=0, below=1, methods=WITH_BETA)
     use_winner_preserving: bool = option(False, "the SDPO safeguard: scale the loser's gradient by lambda", methods=PAIRWISE)
     winner_preserving_mu: float | None = option(
         None, "the safeguard's strength; larger is more conservative", at_least=0, at_most=1, methods=PAIRWISE,
@@ -98,14 +140,20 @@ class ObjectiveOptions:
     winner_preserving_space: Literal["output", "parameter"] = option(
         "output", "lambda from gradients of predictions (published), or of parameters (a second backward pass)",
         methods=PAIRWISE, needs="use_winner_preserving")
+    fixed_lambda: float | None = option(None, "scale the loser's gradient by this number instead of the safeguard's lambda: a "
+                                        "control for experiments", at_least=0, at_most=1, methods=PAIRWISE)
 
     @property
     def needs_reference(self) -> bool:
-        return self.train_method != "sft"
+        return self.train_method not in REFERENCE_FREE
+
+    @property
+    def winners_only(self) -> bool:
+        return self.train_method == "sft"
 
     @property
     def safeguards_parameters(self) -> bool:
-        return self.use_winner_preserving and self.needs_reference and self.winner_preserving_space == "parameter"
+        return self.use_winner_preserving and not self.winners_only and self.winner_preserving_space == "parameter"
 
 
 @dataclass
@@ -120,7 +168,7 @@ class OptimizerOptions:
         None, "peak learning rate, before --scale_lr", above=0,
         default_text="published: 1e-8, SDXL 1e-9, with --scale_lr; without it 2e-5, SDXL 2e-6, LoRA 1e-4")
     scale_lr: bool = option(False, "multiply the learning rate by devices * batch * accumulation")
-    lr_scheduler: str = option("constant_with_warmup", "a schedule of diffusers.optimization")
+    lr_scheduler: str = option("constant_with_warmup", "a schedule of diffusers.optimization, or warmup_then_decay: DeepSpeed's")
     lr_warmup_steps: int | None = option(None, "optimizer steps of linear warm-up", at_least=0,
                                          default_text="published: 500, and a quarter of a shorter run")
     optimizer: Literal["auto", "adamw", "adamw8bit", "adafactor", "sgd"] = option(
@@ -219,26 +267,23 @@ def check_options(options: TrainOptions) -> None:
         if "train_method" in given and objective.train_method != "sft":
             raise UserError(f"--sft and --train_method {objective.train_method} contradict each other: drop one")
         objective.train_method = "sft"
-    if not model.pretrained_model_name_or_path:
-        raise UserError("name the base model: --pretrained_model_name_or_path (a diffusers folder or a hub id)")
-    if not run.output_dir.strip():
-        raise UserError("--output_dir names no folder")
+    check_run_options(options)
     if optimizer.use_8bit_adam and (optimizer.use_adafactor or optimizer.optimizer not in ("auto", "adamw8bit")):
         other = "use_adafactor" if optimizer.use_adafactor else f"optimizer {optimizer.optimizer}"
         raise UserError(f"--use_8bit_adam and --{other} contradict each other: drop one")
     if optimizer.use_adafactor and optimizer.optimizer not in ("auto", "adafactor"):
         raise UserError(f"--use_adafactor and --optimizer {optimizer.optimizer} contradict each other: drop one")
-    if data.resolution is not None and data.resolution % 8:
-        raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}")
     if optimizer.max_train_steps == 0 and optimizer.num_train_epochs == 0:
         raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
-    for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("unet_init", model.unet_init),
-                         ("pretrained_vae_model_name_or_path", model.pretrained_vae_model_name_or_path),
-                         ("train_data_dir", data.train_data_dir)):
-        if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(run.output_dir):
-            raise UserError(f"--output_dir is --{name} itself, which the result would overwrite: name another folder")
     check_data_options(data, objective)
+    if objective.reference_ema is not None and model.lora_rank:
+        raise UserError("--reference_ema needs a reference of its own, and LoRA's is the policy without its adapter: drop one")
+    if objective.fixed_lambda is not None and objective.use_winner_preserving:
+        raise UserError("--fixed_lambda and --use_winner_preserving contradict each other: drop one")
     if objective.safeguards_parameters:
+        if objective.train_method in ("mapo", "ipo", "kto"):
+            raise UserError(f"--winner_preserving_space parameter does not go with {objective.train_method}, which may pull at the "
+                            "winner the wrong way: leave it at output")
         if objective.winner_preserving_granularity == "sample":
             raise UserError("--winner_preserving_space parameter has one lambda a micro-batch: a pair's own would take a "
                             "backward pass each; drop --winner_preserving_granularity sample")
@@ -247,10 +292,26 @@ def check_options(options: TrainOptions) -> None:
             raise UserError(f"--winner_preserving_space parameter does not go with {other}: drop one")
     if any("\ud800" <= character <= "\udfff" for character in "".join(run.validation_prompts)):
         raise UserError("--validation_prompts holds bytes that are not UTF-8 text")
-    if run.seed is not None and run.seed >= 2**63:
-        raise UserError(f"--seed must lie in [0, 2^63), not {run.seed}")
     warn_of_ignored(options.groups(), given, objective.train_method)
     _warn_of_combinations(options)
+
+
+def check_run_options(options: TrainOptions) -> None:
+    """What every program that trains asks of its base, its size, its seed and its folder. Raises UserError."""
+    model, data, run = options.model, options.data, options.run
+    if not model.pretrained_model_name_or_path:
+        raise UserError("name the base model: --pretrained_model_name_or_path (a diffusers folder or a hub id)")
+    if not run.output_dir.strip():
+        raise UserError("--output_dir names no folder")
+    if data.resolution is not None and data.resolution % 8:
+        raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}")
+    for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("unet_init", model.unet_init),
+                         ("pretrained_vae_model_name_or_path", model.pretrained_vae_model_name_or_path),
+                         ("train_data_dir", data.train_data_dir)):
+        if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(run.output_dir):
+            raise UserError(f"--output_dir is --{name} itself, which the result would overwrite: name another folder")
+    if run.seed is not None and run.seed >= 2**63:
+        raise UserError(f"--seed must lie in [0, 2^63), not {run.seed}")
 
 
 def check_data_options(data: DataOptions, objective: ObjectiveOptions) -> None:
@@ -276,7 +337,7 @@ def _warn_of_combinations(options: TrainOptions) -> None:
     if model.lora_rank:
         ignored("offload_reference", "there is no reference model: LoRA's is the policy without its adapter")
     elif not options.objective.needs_reference:
-        ignored("offload_reference", "sft has no reference model")
+        ignored("offload_reference", f"{options.objective.train_method} has no reference model")
     if data.no_hflip:
         ignored("paired_hflip", "flips are off (--no_hflip)")
     if optimizer.max_train_steps:

@@ -153,7 +153,7 @@ def make_cache(options: TrainOptions, family: Family, accelerator: Accelerator, 
     with accelerator.main_process_first():
         table = load_table(data, options.model.cache_dir)
     labels = np.ones(len(table)) if data.choice_model else None  # those come later, from the images
-    winners_only = not options.objective.needs_reference
+    winners_only = options.objective.winners_only
     columns = choose_pairs(table, data, 0, labels, winners_only).image_columns  # which also reports a faulty table
     family.load_encoders(COMPUTE_DTYPES[options.memory.mixed_precision], accelerator.device)
     encode_table(table, columns, family, data, options.memory.mixed_precision, accelerator, pairs_per_shard, batch_size)

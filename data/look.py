@@ -77,9 +77,9 @@ class CheckedPairs(torch.utils.data.Dataset):
 def look(options: TrainOptions, family: Family | None, workers: int, report_file: str | None) -> None:
     """Look through the pairs that the options name and print what is found. Raises UserError for too many bad pairs."""
     data = options.data
-    resolution = data.resolution or (family.resolution if family else 512)
+    resolution = data.resolution or (family.training_resolution if family else 512)
     table = load_table(data, options.model.cache_dir)
-    winners_only = not options.objective.needs_reference or "jpg_0" not in table.column_names and data.image_column in table.column_names
+    winners_only = options.objective.winners_only or "jpg_0" not in table.column_names and data.image_column in table.column_names
     pairs = choose_pairs(table, data, seed=0, winners_only=winners_only)
     print(f"{data.source}, split {data.split}: {len(table)} rows, {len(pairs)} to train on")
     for note in pairs.notes:

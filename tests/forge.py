@@ -17,8 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# What train.py and data.cache import once their options are good.
+HEAVY = ("models.stable_diffusion", "training.run", "training.fit", "training.preference", "training.result", "data.encode")
 sys.path.insert(0, str(ROOT))
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclass
@@ -33,6 +36,11 @@ class Launch:
     losses: str | None = None
     prelude: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+
+
+def import_heavy() -> None:
+    for module in HEAVY:
+        importlib.import_module(module)
 
 
 exit_codes: dict[int, int] = {}  # of the last launch's processes that have ended
@@ -181,7 +189,7 @@ class TinyTraining:
 
 
 def serve() -> None:
-    import train  # noqa: F401  once, for all that are forked from here
+    import_heavy()  # once, for all that are forked from here
 
     for line in sys.stdin:
         request = json.loads(line)

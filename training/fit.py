@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,13 +13,15 @@ from tqdm.auto import tqdm
 from common.errors import UserError
 from models.devices import agree
 from training.checkpoints import continuing, read_progress, starts_anew
+from training.curves import draw_curves
 from training.guards import NonfiniteGuard
 from training.optimizers import (effective_learning_rate, gradient_norm, make_optimizer, make_schedule, take_step,
                                  warn_of_tiny_rate)
-from training.records import MetricsFile, StepScalars, Throughput, bar_interval, peak_memory_gb
+from training.records import MetricsFile, StepScalars, Throughput, bar_interval, peak_memory_gb, read_metrics
 from training.run import Run, write_run_file
 from training.state import LoraWeights, WholeWeights, find_checkpoint, load_checkpoint, save_checkpoint, store_weights_once
 
+DRAWN_FROM = 10  # steps, of which there is something to see in curves.png
 # watch(step, network, scalars): called before the first step, with no scalars, and after each one
 Watch = Callable[[int, nn.Module, dict[str, float]], None]
 
@@ -65,6 +68,9 @@ class Task(Protocol):
     def settle(self, step: int, logs: dict[str, float]) -> str | None:
         """After the reduction: count, warn, add to `logs`; what is wrong, where the run has to end after saving."""
 
+    def stepped(self) -> None:
+        """The optimizer has stepped."""
+
     @property
     def resumable(self) -> bool:
         """Whether a checkpoint of now could be continued exactly."""
@@ -95,8 +101,10 @@ class _Progress:
 def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
     """Train task.trained from the start, or from the checkpoint that --resume_from_checkpoint names, to the end.
 
-    Checkpoints are left in the run's folder, a last one included. Raises UserError for a checkpoint that does not fit, for
-    too many steps without a finite loss and gradient, and for what the task finds wrong; what was learned is saved first.
+    Checkpoints are left in the run's folder, a last one included. Where it finished, the trackers and the connection of the
+    processes are left open for the result: accelerator.end_training() closes them. Raises UserError for a checkpoint that
+    does not fit, for too many steps without a finite loss and gradient, and for what the task finds wrong; what was learned
+    is saved first.
     """
     accelerator, options = run.accelerator, run.options
 
@@ -120,10 +128,13 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
     if run.main:
         accelerator.init_trackers(options.run.tracker_project_name, tracker_config(options.flat()))
         lines = task.summary() | ({"resuming": f"{checkpoint}, after step {first_step}"} if checkpoint else {})
-        print("\n".join(["Training", *(f"  {name:<10} {text}" for name, text in lines.items())]), flush=True)
+        run.say("\n".join(["Training", *(f"  {name:<10} {text}" for name, text in lines.items())]))
 
     def save(step: int) -> Path:
         now.saved = step
+        if run.main and now.step >= DRAWN_FROM:
+            with suppress(OSError):  # the checkpoint itself reports a full disk
+                draw_curves({run.output_dir.name: read_metrics(metrics.path)}, run.output_dir / "curves.png")
         back = now.step - step
         return save_checkpoint(run, task.weights, model, schedule, step, guard.record(back) | task.record(back))
 
@@ -151,12 +162,16 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
             finite = guard.settle_together(now.step, logs, task.samples)
             problem = task.settle(now.step, logs)
             take_step(accelerator, optimizer, schedule, finite)
+            if finite:
+                task.stepped()
 
             logs |= {"skipped_steps": float(guard.skipped_steps), "lr": schedule.get_last_lr()[0],
                      "pairs_per_second": throughput(), "peak_memory_gb": peak_memory_gb(run.device)}
             accelerator.log(logs, step=now.step)
             if run.main:
-                metrics.append(now.step, logs | {"time": time.time() - now.started})
+                warnings = {"warnings": run.warnings} if run.warnings else {}
+                metrics.append(now.step, logs | {"time": time.time() - now.started} | warnings)
+                run.warnings = []
             bar.update()
             bar.set_postfix(shown_in_bar(logs), refresh=False)
             if watch:
@@ -178,9 +193,7 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
                 raise UserError(guard.message(kept))
             if problem:
                 raise UserError(f"{problem} ({kept})")
-            if run.main:
-                print(f"Stopped by {run.stop.name or 'a signal'}: {kept}, {continuing(options.run.resume_from_checkpoint)}",
-                      flush=True)
+            run.say(f"Stopped by {run.stop.name or 'a signal'}: {kept}, {continuing(options.run.resume_from_checkpoint)}")
             return Outcome(now.step, finished=False)
         if now.due(options.run.validation_steps, now.validated) or ended and now.validated < now.step:
             now.validated = now.step
@@ -193,7 +206,6 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
         task.validate(now.step)
     if max(now.saved, 0) < now.step:
         save(now.step)
-    accelerator.end_training()
     return Outcome(now.step, finished=True)
 
 
@@ -203,5 +215,5 @@ def tracker_config(options: dict[str, Any]) -> dict[str, int | float | str | boo
 
 def shown_in_bar(logs: dict[str, float]) -> dict[str, str]:
     names = {"train_loss": "loss", "implicit_acc_accumulated": "acc", "accuracy": "acc", "avg_lose_l_scale": "lambda",
-             "pairs_per_second": "pairs/s"}
+             "spo/epoch": "epoch", "spo/kept_share": "kept", "pairs_per_second": "pairs/s"}
     return {short: f"{logs[name]:.4g}" for name, short in names.items() if name in logs}

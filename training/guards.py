@@ -9,7 +9,7 @@ from collections.abc import Callable
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from common.errors import UserError, warn
+from common.errors import UserError
 from data.pairs import PairDataset
 from models.devices import raise_together
 from training.records import EventLog
@@ -128,9 +128,8 @@ class NonfiniteGuard:
         write_together(self.run, self.log, [{
             "step": step, "process": self.run.accelerator.process_index, "train_loss": str(logs["train_loss"]),
             "grad_norm": str(logs["grad_norm"]), "pairs": samples(logs)}])
-        if self.run.main:
-            warn(f"step {step} is skipped: loss {logs['train_loss']:g}, gradient norm {logs['grad_norm']:g} "
-                 f"({self.in_a_row} in a row, {self.skipped_steps} in all; {self.log.path} has the pairs)")
+        self.run.warn(f"step {step} is skipped: loss {logs['train_loss']:g}, gradient norm {logs['grad_norm']:g} "
+                      f"({self.in_a_row} in a row, {self.skipped_steps} in all; {self.log.path} has the pairs)")
         return False
 
     @property
@@ -139,8 +138,8 @@ class NonfiniteGuard:
 
     def message(self, kept: str) -> str:
         return (f"neither loss nor gradient was finite in {self.in_a_row} steps in a row: {kept}, {self.log.path} has the "
-                "pairs and timesteps. Lower --learning_rate or --beta_dpo, or train in bf16, and continue with "
-                "--allow_changed_resume")
+                "pairs and timesteps. Lower --learning_rate or the objective's beta, or train in bf16, and "
+                "continue with --allow_changed_resume")
 
 
 class BadPairs:

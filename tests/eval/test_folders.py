@@ -151,7 +151,8 @@ def test_a_second_program_leaves_the_images_of_the_first_alone(generate, folder)
     generate()
     hold(folder)  # as the first program does while it runs
     try:
-        program = f"from eval.folders import *; prepare_folder(Group('own', {STEM!r}, Path({str(folder.parent)!r}), []), {{}}, True)"
+        program = ("from eval.folders import *\n"
+                   f"prepare_folder(Group('own', {STEM!r}, Path({str(folder.parent)!r}), []), {{}}, overwrite=True)")
         second = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     finally:
         release(folder)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ exit 0
 
 
 def script(path: Path, *arguments, folder: Path, expect: int = 0, **environment) -> subprocess.CompletedProcess:
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | environment
     result = subprocess.run(["bash", str(path), *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=300,
-                            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment)
+                            env=os.environ | environment)
     assert result.returncode == expect, f"{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
     return result
 
