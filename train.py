@@ -49,9 +49,12 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         outcome = fit(task, run, watch)
 
         # 5. The result: weights, and a pipeline that diffusers opens.
+        left = None
         if outcome.finished and outcome.step > 0:
             from training.result import save_result
             left = save_result(run, family, task.policy)
+        run.accelerator.end_training()
+        if left:
             run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
             run.say(f"Next: bash scripts/eval/test_{family.name}.sh {run.output_dir / f'{family.backbone}.pth'}")
             if options.run.push_to_hub and run.main:

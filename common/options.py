@@ -13,7 +13,7 @@ import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
 
@@ -142,7 +142,7 @@ def option_type(f: dataclasses.Field) -> tuple[type, tuple[str, ...], bool]:
     """The type of an option's (or of each of its) values, what they are chosen from if anything, and whether there are
     several."""
     kind = f.type
-    if isinstance(kind, UnionType):  # X | None
+    if get_origin(kind) in (UnionType, Union):  # X | None; of a Literal typing makes the latter
         kind = next(part for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is list:
         return get_args(kind)[0], (), True

@@ -90,7 +90,65 @@ def program(forge_server, tmp_path_factory):
     return program
 
 
+# --- training ------------------------------------------------------------------------------------------------------------
+
+SHORT = ["--max_train_steps=3", "--train_batch_size=2", "--learning_rate=1e-4", "--lr_warmup_steps=0", "--beta_dpo=100",
+         "--seed=0", "--checkpointing_steps=0", "--report_to=none"]
+
+
 @pytest.fixture(scope="session")
 def train(program):
     """train(flags, processes=1, ...): program() with train.py."""
     return functools.partial(program, "train")
+
+
+@pytest.fixture
+def train_tiny(forge_server, tiny_sd15, pairs_dir, tmp_path_factory) -> forge.TinyTraining:
+    """train_tiny(output, *flags, processes=1, expect=0) runs train.py in processes of its own; see tests/forge.py."""
+    return forge.TinyTraining(forge_server, tiny_sd15, pairs_dir, tmp_path_factory.mktemp("train_tiny"))
+
+
+@pytest.fixture(scope="session")
+def train_run(tmp_path_factory):
+    """train_run(argv, *groups, watch=None): train.train() in the test's own process; the scalars of each optimizer step.
+
+    Three steps unless argv says otherwise, in a folder of its own unless argv names one. groups: further groups of
+    options. watch: as train() takes it.
+    """
+    from common.locks import release
+    from common.train_options import parse_options
+    from train import train
+
+    def run(argv: list, *groups: type, watch=None) -> list[dict[str, float]]:
+        words = SHORT + [f"--output_dir={tmp_path_factory.mktemp('run')}"] + [str(word) for word in argv]
+        options, logs = parse_options(words, *groups), []
+
+        def keep(step, network, scalars):
+            if scalars:
+                logs.append(dict(scalars))
+            if watch is not None:
+                watch(step, network, scalars)
+
+        reset_accelerate()
+        try:
+            train(options, keep)
+        finally:
+            reset_accelerate()
+            release(options.run.output_dir)
+        return logs
+
+    return run
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """For a test that starts Accelerators of its own: accelerate keeps the first one's settings for the process."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    from accelerate.state import AcceleratorState, GradientState
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()

@@ -17,8 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# What train.py and data.cache import once their options are good.
+HEAVY = ("models.stable_diffusion", "training.run", "training.fit", "training.preference", "training.result", "data.encode")
 sys.path.insert(0, str(ROOT))
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclass
@@ -181,7 +184,8 @@ class TinyTraining:
 
 
 def serve() -> None:
-    import train  # noqa: F401  once, for all that are forked from here
+    for module in HEAVY:  # once, for all that are forked from here
+        importlib.import_module(module)
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -98,8 +98,10 @@ class _Progress:
 def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
     """Train task.trained from the start, or from the checkpoint that --resume_from_checkpoint names, to the end.
 
-    Checkpoints are left in the run's folder, a last one included. Raises UserError for a checkpoint that does not fit, for
-    too many steps without a finite loss and gradient, and for what the task finds wrong; what was learned is saved first.
+    Checkpoints are left in the run's folder, a last one included. Where it finished, the trackers and the connection of the
+    processes are left open for the result: accelerator.end_training() closes them. Raises UserError for a checkpoint that
+    does not fit, for too many steps without a finite loss and gradient, and for what the task finds wrong; what was learned
+    is saved first.
     """
     accelerator, options = run.accelerator, run.options
 
@@ -199,7 +201,6 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
         task.validate(now.step)
     if max(now.saved, 0) < now.step:
         save(now.step)
-    accelerator.end_training()
     return Outcome(now.step, finished=True)
 
 

@@ -1,5 +1,6 @@
 """Every kind of unet argument, and what is refused."""
 
+import functools
 import json
 import os
 import pickle
@@ -13,7 +14,18 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from common.errors import UserError
-from models.weights import load_unet
+from common.train_options import ModelOptions
+from models.family import open_family
+from models.networks import load_network
+
+
+@functools.cache  # reading a tokenizer takes a moment
+def family(base):
+    return open_family(ModelOptions(str(base)))
+
+
+def load_unet(base, source=None):
+    return load_network(family(base), source)
 
 
 @pytest.fixture(params=["sd15", "sdxl"])
@@ -125,7 +137,7 @@ def test_the_other_base_model_is_refused(tiny_sd15, tiny_sdxl, tmp_path):
         with pytest.raises(UserError, match="does not fit .*other base model"):
             load_unet(base, other)
         write_lora(other, tmp_path / f"lora-{other.name}", sdxl=other == tiny_sdxl)
-        with pytest.raises(UserError, match="do not fit this UNet"):
+        with pytest.raises(UserError, match="do not fit (SD1.5|SDXL)"):
             load_unet(base, tmp_path / f"lora-{other.name}")
 
 
@@ -160,8 +172,10 @@ def test_a_pickle_in_a_folder_is_not_executed(tiny_sd15, tmp_path, monkeypatch):
 def test_names_that_are_nowhere(tiny_sd15, tmp_path):
     with pytest.raises(UserError, match="no file or folder nobody/nothing here"):
         load_unet(tiny_sd15, "nobody/nothing")
-    with pytest.raises(UserError, match="cannot load the UNet from"):
+    with pytest.raises(UserError, match="no base model at"):
         load_unet(tmp_path / "absent")
+    with pytest.raises(UserError, match="cannot load the unet from"):
+        load_unet(tiny_sd15, tmp_path)
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged"):
         load_unet(tiny_sd15, tmp_path / "bad.safetensors")
