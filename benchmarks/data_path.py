@@ -27,7 +27,8 @@ from data.cached import CachedDataset, with_checks
 from data.pairs import PairDataset, choose_pairs, tokenize
 from data.draws import draw_pair
 from common.errors import run_program
-from data.images import cut_square, decode_image, scale_pixels
+from common.images import decode_image
+from data.images import cut_square, scale_pixels
 
 
 @dataclass

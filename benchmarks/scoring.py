@@ -40,7 +40,8 @@ def one_pass(manifest: Path, metrics: list[str], args: argparse.Namespace) -> No
     """Score in this process and print what it took."""
     import torch
 
-    from eval.score import ScoringOptions, score_manifests
+    from eval.options import ScoringOptions
+    from eval.scoring import score_manifests
 
     for metric in metrics:  # imports are not what is measured
         from eval.metrics import metric_class

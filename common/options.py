@@ -26,7 +26,7 @@ class Declaration:
 
     at_least, above, at_most, below: bounds of a number. free: a resumed run may change it. methods: the training methods
     that read it (None: all). needs: the option without which it does nothing. default_text: the default in words, where
-    it is None and settled later.
+    it is None and settled later. positional: given by its place, without a flag.
     """
 
     help: str
@@ -38,6 +38,7 @@ class Declaration:
     methods: tuple[str, ...] | None = None
     needs: str | None = None
     default_text: str | None = None
+    positional: bool = False
 
     def fault(self, value) -> str | None:
         """What is wrong with a number, as the rest of a sentence that begins with the option's name."""
@@ -104,6 +105,9 @@ def parse(groups: list[type], argv: list[str] | None = None, *, program: str, de
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, parser._option_string_actions, n=1)
         raise UserError(f"no option is called {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    missing = [f"--{name}" for name, f in declared.items() if default_of(f) is MISSING and getattr(found, name) is None]
+    if missing:
+        parser.error(f"{' and '.join(missing)} must be given")
     for name, value in vars(found).items():
         if name in declared and (fault := declaration(declared[name]).fault(value)):
             raise UserError(f"--{name} {fault}")
@@ -127,13 +131,16 @@ def _add(section, f: dataclasses.Field) -> None:
     default = default_of(f)
     settings: dict[str, Any] = {"default": default, "help": help_text(f)}
     if default is MISSING:
-        settings |= {"default": None, "required": True}
+        settings["default"] = None  # parse() asks for it, once no name is known to be mistyped
     if kind is bool:
         settings |= {"type": _truth, "nargs": "?", "const": True, "metavar": "BOOL"}
     else:
         settings |= {"type": kind, "metavar": None if choices else kind.__name__.upper()}
         settings |= {"choices": choices} if choices else {}
         settings |= {"nargs": "+"} if many else {}
+    if declaration(f).positional:
+        section.add_argument(f.name, **settings | {"metavar": None if choices else f.name})
+        return
     names = [f"--{f.name}"] + [f"--{f.name.replace('_', '-')}"] * (f.name == "local_rank")  # as torch's launcher writes it
     section.add_argument(*names, dest=f.name, **settings)
 

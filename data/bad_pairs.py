@@ -1,13 +1,13 @@
 """What a row of preference pairs must be to be used; anything else has a column and a reason, and is passed over.
 
 Used as they are: empty or missing captions (the empty prompt), captions of any length (cut to the tokenizer's 77
-tokens), duplicate pairs, and images of every mode and format that data.images reads.
+tokens), duplicate pairs, and images of every mode and format that common.images reads.
 """
 
 import datasets
 from PIL import Image
 
-from data.images import BadImage, decode_image, image_bytes
+from common.images import BadImage, decode_image, image_bytes
 
 
 class BadPair(ValueError):

@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 
 from data.bad_pairs import BadPair, read_row
-from data.images import BadImage, image_bytes
+from common.images import BadImage, image_bytes
 from data.table import PairTable, column_values, encoded_lengths
 
 

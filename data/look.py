@@ -15,7 +15,7 @@ from common.files import write_text
 from common.train_options import DataOptions, TrainOptions
 from data.bad_pairs import BadPair, read_caption, read_row
 from data.contradictions import contradictions
-from data.images import BadImage, image_bytes, mode_and_size
+from common.images import BadImage, image_bytes, mode_and_size
 from data.pairs import PairDataset
 from data.table import PairTable, choose_pairs, load_table
 from models.family import Family

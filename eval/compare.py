@@ -8,37 +8,23 @@ Writes OUTDIR/{A}_vs_{B}_{MMDD-HHMMSS}/ with pair_METRIC.json, summary.json and 
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from transformers import HfArgumentParser
 
+from common.errors import UserError, quiet_libraries, run_program
 from common.files import make_folder, write_json
-from eval.manifest import is_text, read_manifest
-from eval.metrics import metric_class
+from common.options import parse
+from eval.manifest import read_manifest
+from eval.metrics import METRICS, read_config
+from eval.options import CompareOptions, ScoringOptions, check_compare_options
 from eval.report import write_report
-from eval.score import ScoredImage, ScoringOptions, report_failures, score_manifests, table
+from eval.score import report_failures, table
+from eval.scores import ScoredImage
 from eval.statistics import RESAMPLES, holm, sign_test, win_rate_interval
-from common.train_options import parse_words
-from common.errors import UserError, run_program
 
-EXTREMES = 10  # biggest wins and losses told for each metric
-
-
-@dataclass
-class Arguments(ScoringOptions):
-    json_a: str = field(default="", metadata={"help": "Generation manifest of model A."})
-    json_b: str = field(default="", metadata={"help": "Generation manifest of model B."})
-    label_a: str = field(default="A", metadata={"help": "Name of model A."})
-    label_b: str = field(default="B", metadata={"help": "Name of model B."})
-    outdir: str = field(default="output/vs_eval", metadata={"help": "Where the comparison's folder is made."})
-    pair_by: str = field(default="prompt", metadata={"choices": ["prompt", "index"], "help":
-        "prompt: same prompts, repeated ones in order; index: same position in the manifests."})
-    ties_policy: str = field(default="half", metadata={"choices": ["half", "exclude"], "help":
-        "A tie counts one half, or is left out of the win rate."})
-    no_report: bool = field(default=False, metadata={"help": "Write no report.html."})
+EXTREMES = 10  # biggest wins and losses named for each metric
 
 
 def pair_up(prompts_a: list[str], prompts_b: list[str], by: str) -> list[tuple[str, int, int]]:
@@ -82,25 +68,25 @@ def compare_metric(metric: str, pairs: list[tuple[str, ScoredImage, ScoredImage]
                  "mean_score_b": float(scores_b.mean()), "ties_policy": ties_policy, "results": results}
     interval = win_rate_interval(winners, prompts, ties_policy == "half")
     by_margin = sorted(results, key=lambda result: result["score_b"] - result["score_a"])
-    told = [{"pair_index": result["pair_index"], "prompt": result["prompt"],
-             "margin": result["score_a"] - result["score_b"]} for result in by_margin]
+    named = [{"pair_index": result["pair_index"], "prompt": result["prompt"],
+              "margin": result["score_a"] - result["score_b"]} for result in by_margin]
     row = {"metric": metric, "mean_a": float(scores_a.mean()), "mean_b": float(scores_b.mean()), **counts,
            "win_rate_ci95": list(interval) if interval else None,
            "sign_test_p": sign_test(winners, prompts),
-           "biggest_wins_a": [result for result in told[:EXTREMES] if result["margin"] > 0],
-           "biggest_wins_b": [result for result in told[:-EXTREMES - 1:-1] if result["margin"] < 0]}
+           "biggest_wins_a": [result for result in named[:EXTREMES] if result["margin"] > 0],
+           "biggest_wins_b": [result for result in named[:-EXTREMES - 1:-1] if result["margin"] < 0]}
     return pair_file, row
 
 
-def summarise(rows: list[dict], args: Arguments, pairing: dict) -> dict:
+def summarise(rows: list[dict], options: CompareOptions, pairing: dict) -> dict:
     """summary.json; Holm's correction runs over the metrics of `rows`."""
     for row, adjusted in zip(rows, holm([row["sign_test_p"] for row in rows])):
         row["sign_test_p_holm"] = adjusted
-    half = args.ties_policy == "half"
+    half = options.ties_policy == "half"
     won = sum(row["wins_a"] + (row["ties"] / 2 if half else 0) for row in rows)
     counted = sum(row["total_pairs"] if half else row["wins_a"] + row["wins_b"] for row in rows)
     return {
-        "pair": {"model_a": args.label_a, "model_b": args.label_b, "ties_policy": args.ties_policy},
+        "pair": {"model_a": options.label_a, "model_b": options.label_b, "ties_policy": options.ties_policy},
         "metrics": rows,
         "averages": {"macro_win_rate_a_over_b": float(np.mean([row["win_rate_a_over_b"] for row in rows])),
                      "micro_win_rate_a_over_b": won / counted if counted else 0.5},
@@ -131,7 +117,7 @@ def summary_lines(summary: dict) -> list[str]:
              "p (Holm)")]
     for row in summary["metrics"]:
         interval = "{:.2%} to {:.2%}".format(*row["win_rate_ci95"]) if row["win_rate_ci95"] else "-"
-        rows.append((metric_class(row["metric"]).label, f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}",
+        rows.append((METRICS[row["metric"]].label, f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}",
                      f"{row['win_rate_a_over_b']:.2%}", interval, str(row["wins_a"]), str(row["wins_b"]),
                      str(row["ties"]), f"{row['sign_test_p_holm']:.2g}"))
     averages = summary["averages"]
@@ -140,43 +126,41 @@ def summary_lines(summary: dict) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    [args] = parse_words(HfArgumentParser(Arguments, description=__doc__), argv)
-    for side in ("a", "b"):
-        if not getattr(args, f"json_{side}"):
-            raise UserError(f"--json_{side} names no manifest")
-    if not args.label_a or not args.label_b or args.label_a == args.label_b or "tie" in (args.label_a, args.label_b):
-        raise UserError("--label_a and --label_b must be two different names, neither of them 'tie'")
-    if not is_text(args.label_a) or not is_text(args.label_b):
-        raise UserError("--label_a and --label_b must be UTF-8 text")
-    entries_a, entries_b = read_manifest(args.json_a), read_manifest(args.json_b)
-    indices = pair_up([entry["prompt"] for entry in entries_a], [entry["prompt"] for entry in entries_b], args.pair_by)
+    [options, scoring], _ = parse([CompareOptions, ScoringOptions], argv, program="python -m eval.compare",
+                                  description=__doc__)
+    check_compare_options(options)
+    entries_a, entries_b = read_manifest(options.json_a), read_manifest(options.json_b)
+    read_config(scoring.metrics_config)
+    indices = pair_up([entry["prompt"] for entry in entries_a], [entry["prompt"] for entry in entries_b], options.pair_by)
 
-    make_folder(Path(args.outdir), "--outdir")
-    (scored_a, scored_b), failures = score_manifests([args.json_a, args.json_b], args)
+    make_folder(Path(options.outdir), "--outdir")
+    quiet_libraries()
+    from eval.scoring import score_manifests
+    (scored_a, scored_b), failures = score_manifests([options.json_a, options.json_b], scoring)
     paired = [(prompt, scored_a.images[a], scored_b.images[b]) for prompt, a, b in indices]
     pairs = [pair for pair in paired if not pair[1].fault and not pair[2].fault]
     if not pairs:
         raise UserError("no pair has both its images")
-    pairing = {"by": args.pair_by, "pairs": len(pairs), "left_out_for_missing_images": len(paired) - len(pairs),
+    pairing = {"by": options.pair_by, "pairs": len(pairs), "left_out_for_missing_images": len(paired) - len(pairs),
                "images_without_partner_a": len(entries_a) - len(indices),
                "images_without_partner_b": len(entries_b) - len(indices)}
     if pairing["images_without_partner_a"] or pairing["images_without_partner_b"]:
-        print(f"{len(entries_a) - len(indices)} images of {args.label_a} and {len(entries_b) - len(indices)} of "
-              f"{args.label_b} have no partner: left out", file=sys.stderr)
+        print(f"{len(entries_a) - len(indices)} images of {options.label_a} and {len(entries_b) - len(indices)} of "
+              f"{options.label_b} have no partner: left out", file=sys.stderr)
 
-    compared = {metric: compare_metric(metric, pairs, args.label_a, args.label_b, args.ties_policy)
-                for metric in args.metrics if metric not in failures}
+    compared = {metric: compare_metric(metric, pairs, options.label_a, options.label_b, options.ties_policy)
+                for metric in scoring.metrics if metric not in failures}
     if not compared:
         return report_failures(failures)
-    folder = new_folder(args.outdir, args.label_a, args.label_b)
+    folder = new_folder(options.outdir, options.label_a, options.label_b)
     for metric, (pair_file, _) in compared.items():
         write_json(folder / f"pair_{metric}.json", pair_file)
-    summary = summarise([row for _, row in compared.values()], args, pairing)
+    summary = summarise([row for _, row in compared.values()], options, pairing)
     summary["not_scored"] = failures
     write_json(folder / "summary.json", summary)
     print("\n" + "\n".join(summary_lines(summary)) + "\n")
     print(f"wrote {folder}/summary.json")
-    if not args.no_report:
+    if not options.no_report:
         print(f"wrote {write_report(folder)}")
     return report_failures(failures)
 

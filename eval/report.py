@@ -12,18 +12,18 @@ import json
 import os
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Literal
 
 import jinja2
 from PIL import Image
-from transformers import HfArgumentParser
 
-from common.files import write_bytes
-from eval.metrics import metric_class
-from common.train_options import parse_words
 from common.errors import UserError, run_program
-from data.images import FORMATS
+from common.files import write_text
+from common.images import FORMATS
+from common.options import option, parse
+from eval.metrics import METRICS
 
 INLINE_PAIRS = 150
 THUMBNAIL = 384  # pixels; a phone's card shows about 180, a laptop's 300
@@ -31,10 +31,12 @@ QUALITY = 82
 
 
 @dataclass
-class Arguments:
-    comparison: str = field(metadata={"help": "Folder that eval.compare wrote."})
-    images: str = field(default="auto", metadata={"choices": ["auto", "inline", "beside"], "help":
-        f"Inside the page, in report_images/ beside it, or by number: inside up to {INLINE_PAIRS} pairs."})
+class ReportOptions:
+    title = "the page"
+
+    comparison: str = option(MISSING, "folder that eval.compare wrote")
+    images: Literal["auto", "inline", "beside"] = option(
+        "auto", f"inside the page, in report_images/ beside it, or by number: inside up to {INLINE_PAIRS} pairs")
 
 
 def thumbnail(path: str) -> bytes | None:
@@ -110,18 +112,18 @@ def write_report(folder: str | Path, images: str = "auto") -> Path:
     inline = images == "inline" or (images == "auto" and pairs <= INLINE_PAIRS)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    labels = {metric: metric_class(metric).label for metric in pair_files}
+    labels = {metric: METRICS[metric].label for metric in pair_files}
     page = environment.get_template("report.html.j2").render(
         summary=summary, labels=labels, pairs=pairs,
         data={"labelA": summary["pair"]["model_a"], "labelB": summary["pair"]["model_b"], "metrics": list(labels.items()),
               "pairs": page_data(folder, pair_files, inline)})
-    write_bytes(folder / "report.html", page.encode())
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
 def main(argv: list[str] | None = None) -> None:
-    [args] = parse_words(HfArgumentParser(Arguments, description=__doc__), argv)
-    print(f"wrote {write_report(args.comparison, args.images)}")
+    [options], _ = parse([ReportOptions], argv, program="python -m eval.report", description=__doc__)
+    print(f"wrote {write_report(options.comparison, options.images)}")
 
 
 if __name__ == "__main__":

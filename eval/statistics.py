@@ -1,7 +1,6 @@
 """How sure a win rate is: bootstrap over prompts, paired sign test, Holm's correction over the metrics."""
 
 import numpy as np
-from scipy.stats import binomtest
 
 RESAMPLES = 10_000
 CHUNK = 250  # resamples at a time: 3,200 prompts x 250 indices are 6 MB
@@ -38,6 +37,8 @@ def win_rate_interval(winners: np.ndarray, prompts: list[str], count_ties: bool 
 def sign_test(winners: np.ndarray, prompts: list[str]) -> float:
     """Two-sided paired sign test: p of A and B winning equally many prompts. Each prompt counts once, by the sign of
     its pairs' sum; tied prompts are left out. 1 when all are tied."""
+    from scipy.stats import binomtest  # its import takes most of a second
+
     signs = np.sign(by_prompt(winners, prompts))
     wins, decided = int((signs > 0).sum()), int((signs != 0).sum())
     return float(binomtest(wins, decided, 0.5).pvalue) if decided else 1.0

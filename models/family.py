@@ -36,14 +36,19 @@ class Family(Protocol):
     lora_targets: list[str]
     compiled_blocks: tuple[type, ...]  # repeated blocks, compiled one by one
     resolution: int  # pixels that the base was made for
+    images_at_once: int  # that eval.generate samples together
+    evaluation_vae: str | None  # hub id of the VAE that the published evaluation decodes with, where not the base's own
     always_checkpoints: bool  # the published runs recompute activations whatever is asked
     empty_is_zeros: bool  # whether the base's own pipeline takes zeros for the empty prompt instead of encoding it
     options: ModelOptions
     vae: "nn.Module | None"
     text_encoders: "list[nn.Module]"
 
-    def load_encoders(self, dtype: "torch.dtype", device: "torch.device") -> None:
-        """VAE and text encoders, frozen, on the device. Raises UserError."""
+    def load_encoders(self, dtype: "torch.dtype", device: "torch.device", vae_dtype: "torch.dtype | None" = None) -> None:
+        """VAE (in vae_dtype, where that differs) and text encoders, frozen, on the device. Raises UserError."""
+
+    def vae_dtype(self, asked: "torch.dtype") -> "torch.dtype":
+        """The type that the VAE is loaded in where `asked` is asked for: some overflow in fp16."""
 
     def encoder_sources(self) -> dict[str, tuple[str, str | None, str | None, str | None]]:
         """(name, subfolder, revision, cache_dir) of each part that a cache's content depends on."""
@@ -135,9 +140,9 @@ def _from_hub(base: str, revision: str | None, cache_dir: str | None) -> str:
                         f"({first_line(error)[:160]})") from None
 
 
-def open_family(options: ModelOptions) -> Family:
-    """The family of --pretrained_model_name_or_path with its small files read. Raises UserError for a path that does not
-    exist, a pipeline of an unknown family, and --sdxl beside another family."""
+def find_family(options: ModelOptions) -> tuple[type, dict]:
+    """The family's class of --pretrained_model_name_or_path, and the base's model_index.json. Raises UserError for a path
+    that does not exist, a pipeline of an unknown family, and --sdxl beside another family."""
     base = options.pretrained_model_name_or_path
     index = read_model_index(base, options.revision, options.cache_dir)
     known = FAMILIES.get(index["_class_name"])
@@ -146,4 +151,10 @@ def open_family(options: ModelOptions) -> Family:
     kind = getattr(importlib.import_module(known.module), known.name)
     if options.sdxl and kind.name != "sdxl":
         raise UserError(f"--sdxl, but {base} is {kind.label}: leave --sdxl out")
+    return kind, index
+
+
+def open_family(options: ModelOptions) -> Family:
+    """The family of --pretrained_model_name_or_path with its small files read. Raises UserError."""
+    kind, index = find_family(options)
     return kind(options, index)

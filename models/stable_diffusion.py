@@ -4,6 +4,7 @@ A UNet predicts the noise (or v) of latents at integer timesteps of a DDPM sched
 last hidden state, SDXL two encoders' hidden_states[-2], a pooled embedding and the image's size.
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import diffusers
@@ -33,6 +34,7 @@ class StableDiffusion15:
     name, label, license = "sd15", "SD1.5", "creativeml-openrail-m"
     backbone, network, pipeline = "unet", UNet2DConditionModel, StableDiffusionPipeline
     resolution, always_checkpoints = 512, False
+    images_at_once, evaluation_vae = 8, None
     pipeline_parts = {"safety_checker": None, "feature_extractor": None}
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     compiled_blocks = (BasicTransformerBlock, ResnetBlock2D)
@@ -78,11 +80,15 @@ class StableDiffusion15:
         self.text_encoders = [from_hub(cls, base, "a text encoder", subfolder=name, torch_dtype=dtype, **self._hub)
                               .requires_grad_(False).eval().to(device) for name, cls in self.encoder_classes.items()]
         vae_dtype = vae_dtype or dtype
-        if vae_dtype == torch.float16 and self.name == "sdxl" and self.vae_config.get("force_upcast", True):
+        if vae_dtype != self.vae_dtype(vae_dtype):
             warn("this VAE overflows in fp16 and is kept in float32; --pretrained_vae_model_name_or_path "
                  "madebyollin/sdxl-vae-fp16-fix runs in fp16")
-            vae_dtype = torch.float32
-        self.vae = self.read_vae(vae_dtype).requires_grad_(False).eval().to(device)
+        self.vae = self.read_vae(self.vae_dtype(vae_dtype)).requires_grad_(False).eval().to(device)
+
+    def vae_dtype(self, asked: torch.dtype) -> torch.dtype:
+        """The VAE's type where `asked` is asked for: SDXL's own VAE overflows in fp16."""
+        overflows = asked == torch.float16 and self.name == "sdxl" and self.vae_config.get("force_upcast", True)
+        return torch.float32 if overflows else asked
 
     def read_vae(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
         source, where = self._vae_source
@@ -177,17 +183,22 @@ class StableDiffusion15:
 
     def sampler(self, kind: str, steps: int, device: torch.device):
         """"euler", from the base's schedule, or "default" for the pipeline's own."""
-        own = getattr(diffusers, self.index["scheduler"][1])
-        scheduler = from_hub(own, self.options.pretrained_model_name_or_path, "the scheduler", subfolder="scheduler", **self._hub)
-        if kind == "euler":
-            scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
+        own = self._own_scheduler
+        scheduler = (EulerDiscreteScheduler if kind == "euler" else type(own)).from_config(own.config)
         scheduler.set_timesteps(steps, device=device)
         return scheduler
+
+    @cached_property
+    def _own_scheduler(self):
+        """Read once: a hub would be asked for it at every batch."""
+        return from_hub(getattr(diffusers, self.index["scheduler"][1]), self.options.pretrained_model_name_or_path,
+                        "the scheduler", subfolder="scheduler", **self._hub)
 
 
 class StableDiffusionXL(StableDiffusion15):
     name, label, license = "sdxl", "SDXL", "openrail++"
     pipeline, resolution, always_checkpoints = StableDiffusionXLPipeline, 1024, True
+    images_at_once, evaluation_vae = 4, "madebyollin/sdxl-vae-fp16-fix"
     pipeline_parts = {"add_watermarker": False}
 
     def __init__(self, options: ModelOptions, index: dict):

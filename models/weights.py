@@ -21,21 +21,27 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}: give a unet.pth, a .safetensors file, a diffusers folder or a hub id")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is not a plain state dict (it asks to run code when loaded, or is damaged); "
-                        "it was refused and nothing in it was executed") from None
-    except Exception as error:  # torch's reader raises whatever a damaged file makes it stumble over
-        raise UserError(f"{path} is damaged or no weights file: {first_line(error)}") from None
+    state = read_torch_file(path)
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
-        raise UserError(f"{path} holds no plain state dict (names to tensors); save one with "
-                        "torch.save(unet.state_dict(), 'unet.pth')")
+        raise UserError(f"{path} holds no plain state dict (names to tensors), as "
+                        "torch.save(network.state_dict(), FILE) writes one")
     return state
+
+
+def read_torch_file(path: Path):
+    """The content of a .safetensors or torch file, tensors and plain containers alone (weights_only).
+
+    Raises UserError when it is damaged or holds anything else.
+    """
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is no file of plain tensors (it asks to run code when loaded, or is damaged); it was "
+                        "refused and nothing in it was executed") from None
+    except Exception as error:  # torch's reader raises whatever a damaged file makes it stumble over
+        raise UserError(f"{path} is damaged or no weights file: {first_line(error)}") from None
 
 
 def load_strictly(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str | os.PathLike, hint: str = "") -> None:

@@ -1,4 +1,5 @@
-"""Prompt groups: JSON lists of {"prompt": ...} or {"caption": ...}, read by name (prompts/NAME.json) or by path; or text, one prompt a line."""
+"""Prompt groups: JSON lists of {"prompt": ...} or {"caption": ...}, read by name (prompts/NAME.json) or by path; or text, one
+prompt a line."""
 
 import json
 import os
@@ -18,8 +19,9 @@ def group_path(name_or_path: str | os.PathLike) -> Path:
 def read_group(name_or_path: str | os.PathLike) -> list[str]:
     """The prompts of a group, in order.
 
-    A file is a .txt of one prompt a line or a JSON list of {"prompt": text}, {"caption": text} (SPO's published prompts)
-    or bare strings. Raises UserError, with the line of the fault, when it is not, and when it is missing or empty.
+    A file is a .txt of one prompt a line, where lines that begin with # are comments, or a JSON list of {"prompt": text},
+    {"caption": text} (SPO's published prompts) or bare strings. Raises UserError, with the line of the fault, when it is
+    not, and when it is missing or empty.
     """
     path = group_path(name_or_path)
     try:
@@ -31,7 +33,8 @@ def read_group(name_or_path: str | os.PathLike) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
     if path.suffix == ".txt":
-        prompts = [line.strip() for line in text.split("\n") if line.strip()]
+        lines = [line.strip() for line in text.split("\n")]
+        prompts = [line for line in lines if line and not line.startswith("#")]
         if not prompts:
             raise UserError(f"{path} lists no prompt")
         return prompts

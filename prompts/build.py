@@ -10,23 +10,34 @@ Without --source they are downloaded. A local source is the published form (parq
 or a prompt group as JSON. The texts belong to others, so prompts/ ignores them in git.
 """
 
-import argparse
 import csv
 import io
 import urllib.request
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow.parquet
 from huggingface_hub import HfFileSystem, hf_hub_download
 
-from common.files import write_json
+from common.errors import UserError, first_line, run_program, warn
+from common.files import make_room, write_json
+from common.options import option, parse
 from prompts import PROMPTS, parse_group
-from common.errors import UserError, first_line, run_program
 
 PUBLISHED_SIZES = {"papv2": 487, "hpsv2": 3200, "partiprompts": 1632}
 PICK_A_PIC = "datasets/yuvalkirstain/pickapic_v2/data"
 HPD_FILES = ("anime.json", "concept-art.json", "paintings.json", "photo.json")
 PARTI_PROMPTS = "https://raw.githubusercontent.com/google-research/parti/main/PartiPrompts.tsv"
+
+
+@dataclass
+class BuildOptions:
+    title = "the prompt group"
+
+    group: Literal["papv2", "hpsv2", "partiprompts"] = option(MISSING, "the group", positional=True)
+    source: str | None = option(None, "a local file or folder instead of the download")
+    output: str | None = option(None, "the file to write", default_text="prompts/GROUP.json")
 
 
 def papv2(source: str | None) -> list[str]:
@@ -121,22 +132,18 @@ def build(group: str, source: str | None, output: Path) -> list[str]:
                         f"give it with `python -m prompts.build {group} --source FILE_OR_FOLDER`") from error
     if not prompts:
         raise UserError(f"{source or group} holds no prompt")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_room(output, "--output")
     write_json(output, [{"prompt": prompt} for prompt in prompts])
     return prompts
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=list(PUBLISHED_SIZES))
-    parser.add_argument("--source", help="a local file or folder instead of the download")
-    parser.add_argument("--output", help="default: prompts/GROUP.json")
-    args = parser.parse_args(argv)
-    output = Path(args.output or PROMPTS / f"{args.group}.json")
-    prompts = build(args.group, args.source, output)
+    [options], _ = parse([BuildOptions], argv, program="python -m prompts.build", description=__doc__)
+    output = Path(options.output or PROMPTS / f"{options.group}.json")
+    prompts = build(options.group, options.source, output)
     print(f"wrote {output}: {len(prompts)} prompts ({len(set(prompts))} distinct)")
-    if len(prompts) != PUBLISHED_SIZES[args.group]:
-        print(f"warning: the published {args.group} has {PUBLISHED_SIZES[args.group]} prompts")
+    if len(prompts) != PUBLISHED_SIZES[options.group]:
+        warn(f"the published {options.group} has {PUBLISHED_SIZES[options.group]} prompts")
 
 
 if __name__ == "__main__":

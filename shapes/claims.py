@@ -46,7 +46,8 @@ from data.pairs import choose_pairs, load_table
 from models.stable_diffusion import NoisyBatch, predict, sample_latents, winners_first
 from data.draws import draw_pair, epoch_order
 from common.errors import run_program
-from data.images import decode_image, image_bytes, to_pixels
+from common.images import decode_image, image_bytes
+from data.images import to_pixels
 from training.optimizers import make_optimizer, make_schedule
 from training.parameter_space import parameter_space_gradients
 

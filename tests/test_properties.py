@@ -17,7 +17,7 @@ from common.train_options import TrainArguments, parse_arguments
 from training.checkpoints import MANIFEST, PROGRESS, choose_checkpoint, fault, read_progress, write_manifest
 from common.errors import UserError
 from training.guards import EventLog
-from data.images import BadImage, decode_image, image_bytes
+from common.images import BadImage, decode_image, image_bytes
 from models.weights import read_state_dict
 
 COMMON = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,26 +1,39 @@
 """The metrics by name. Each is one file with one class behind one signature: score(images, prompts) -> Tensor (N,).
 
-A new metric is one file and one line in METRICS.
+A new metric is one file and one line in METRICS. What is known of a metric without its model is here; torch and the
+metric's libraries are imported when it is loaded.
 """
 
 import importlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
-from common.files import fingerprint
-from eval.metrics.base import Metric
 from common.errors import UserError, first_line
+from common.files import fingerprint
+
+if TYPE_CHECKING:
+    from eval.metrics.base import Metric
+
+
+class Known(NamedTuple):
+    module: str
+    name: str  # of the class
+    label: str  # as the published logs call it
+    revision: int = 1  # raised when the computation changes, so that kept scores are not reused
+    image_size: int | None = 224  # side of the pixels it looks at; None: the images themselves
+
 
 METRICS = {
-    "pickscore": "eval.metrics.pickscore:PickScore",
-    "hpsv2": "eval.metrics.hpsv2:HPSv2",
-    "hpsv2.1": "eval.metrics.hpsv2:HPSv21",
-    "aesthetics": "eval.metrics.aesthetics:Aesthetics",
-    "clip": "eval.metrics.clip:CLIPScore",
-    "imagereward": "eval.metrics.imagereward:ImageReward",
-    "oracle": "eval.metrics.oracle:Oracle",  # drawn shapes only
+    "pickscore": Known("eval.metrics.pickscore", "PickScore", "PickScore"),
+    "hpsv2": Known("eval.metrics.hpsv2", "HPSv2", "HPSv2"),
+    "hpsv2.1": Known("eval.metrics.hpsv2", "HPSv21", "HPSv2.1"),
+    "aesthetics": Known("eval.metrics.aesthetics", "Aesthetics", "AesScore"),
+    "clip": Known("eval.metrics.clip", "CLIPScore", "CLIPScore"),
+    "imagereward": Known("eval.metrics.imagereward", "ImageReward", "ImageReward"),
+    "oracle": Known("eval.metrics.oracle", "Oracle", "Oracle", image_size=None),  # drawn shapes only
 }
 PUBLISHED = ("pickscore", "hpsv2", "aesthetics", "clip", "imagereward")  # the five of the published tables
 ALIASES = {"aes": "aesthetics", "hps": "hpsv2"}  # names of train.py's --choice_model
@@ -35,9 +48,9 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def metric_class(name: str) -> type[Metric]:
-    module, class_name = METRICS[canonical_name(name)].split(":")
-    return getattr(importlib.import_module(module), class_name)
+def metric_class(name: str) -> "type[Metric]":
+    known = METRICS[canonical_name(name)]
+    return getattr(importlib.import_module(known.module), known.name)
 
 
 def read_config(path: str | os.PathLike | None = None) -> dict[str, dict]:
@@ -69,17 +82,14 @@ def metric_settings(name: str, config: dict | str | os.PathLike | None = None) -
 
 
 def metric_version(name: str, config: dict | str | os.PathLike | None = None) -> str:
-    """What a cached score depends on besides image and prompt: the class's revision and its settings, files by content.
-
-    Known without loading the model.
-    """
-    settings = metric_settings(name, config)
+    """What a kept score depends on besides image and prompt: the metric's revision and its settings, files by content."""
+    name, settings = canonical_name(name), metric_settings(name, config)
     told = [f"{key}={'sha256:' + fingerprint(value) if isinstance(value, str) and Path(value).exists() else value}"
             for key, value in sorted(settings.items())]
-    return " ".join([f"{canonical_name(name)} {metric_class(name).revision}", *told])
+    return " ".join([f"{name} {METRICS[name].revision}", *told])
 
 
-def load_metric(name: str, device: str = "cpu", config: dict | str | os.PathLike | None = None) -> Metric:
+def load_metric(name: str, device: str = "cpu", config: dict | str | os.PathLike | None = None) -> "Metric":
     """Load one metric's model.
 
     Args:
@@ -99,5 +109,5 @@ def load_metric(name: str, device: str = "cpu", config: dict | str | os.PathLike
         metric = cls(device=device, **settings)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{name} cannot be loaded: {first_line(error)[:200]}") from error
-    metric.name, metric.version = name, metric_version(name, config)
+    metric.name, metric.label, metric.version = name, METRICS[name].label, metric_version(name, config)
     return metric

@@ -3,7 +3,7 @@
 import torch
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from eval.metrics.base import Metric, linear_head, pretrained, weight_file
+from eval.metrics.base import OTHER_FILE, Metric, linear_head, pretrained, weight_file
 from models.weights import from_hub, load_strictly, read_state_dict
 
 HEAD_FILE = "aesthetic-model.pth"
@@ -14,8 +14,6 @@ class Aesthetics(Metric):
 
     `head` is a hub repository or folder that holds aesthetic-model.pth, or such a file (keys layers.{0,2,4,6,7}.*).
     """
-
-    label = "AesScore"
 
     def __init__(self, device: str = "cpu", model: str = "openai/clip-vit-large-patch14",
                  head: str = "trl-lib/ddpo-aesthetic-predictor", image_size: int = 224) -> None:
@@ -28,7 +26,7 @@ class Aesthetics(Metric):
         path = weight_file(head, HEAD_FILE)
         state = {key.removeprefix("layers."): value for key, value in read_state_dict(path).items()}
         self.head = linear_head(self.model.config.projection_dim)
-        load_strictly(self.head, state, path)
+        load_strictly(self.head, state, path, OTHER_FILE)
         self.head.to(self.device).eval()
 
     def _score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 from common.errors import UserError, first_line
 from models.weights import from_hub
 
+OTHER_FILE = "Is it the file of another model, or of another release?"  # where a metric's weights do not fit
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -27,17 +27,16 @@ def to_pixels(image: Image.Image, size: int) -> torch.Tensor:
 class Metric:
     """Scores how well images answer their prompts; higher is better.
 
-    Set by load_metric: `name` (the registry's) and `version` (names weights and settings; cached scores are keyed by
-    it). A subclass writes `_score(pixels, prompts)`: scores (N,) of normalised pixels (N, 3, image_size, image_size) on
-    the metric's device. One that looks at the images themselves sets `image_size` to None and writes `score`, which may
-    be called from several threads at once.
+    Set by load_metric: `name` and `label` (the registry's) and `version` (names weights and settings; kept scores are
+    keyed by it). A subclass sets `image_size` and writes `_score(pixels, prompts)`: scores (N,) of normalised pixels
+    (N, 3, image_size, image_size) on the metric's device. One that looks at the images themselves writes `score`, which
+    may be called from several threads at once.
     """
 
     name: str
+    label: str
     version: str
-    label: str  # as the published logs call it
-    revision = 1  # raised when the computation changes, so that cached scores are not reused
-    image_size: int | None = 224  # side of the pixels it looks at; None: the images themselves
+    image_size: int  # side of the pixels it looks at
     mean = CLIP_MEAN
     std = CLIP_STD
 
@@ -64,7 +63,7 @@ class Metric:
 
     def _check_image_size(self, model_size: int) -> None:
         if model_size != self.image_size:
-            raise UserError(f"{self.label}: the model looks at {model_size} pixels, not {self.image_size}: "
+            raise UserError(f"{type(self).__name__}: the model looks at {model_size} pixels, not {self.image_size}: "
                             f"set image_size: {model_size} in its section of metrics.yaml")
 
 
@@ -108,15 +107,3 @@ def weight_file(source: str | os.PathLike, filename: str) -> Path:
     except Exception as error:  # the hub's client raises a dozen kinds; all mean that the file cannot be had
         raise UserError(f"no {filename}: {source} is no file or folder here, and the hub cannot give it "
                         f"({first_line(error)[:160]})") from None
-
-
-def read_weights(path: Path) -> dict:
-    """A torch file's content with weights_only (nothing in it is executed). Raises UserError when it is damaged or
-    more than tensors."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is no file of weights (it asks to run code when loaded, or is damaged); it was "
-                        "refused and nothing in it was executed") from None
-    except Exception as error:  # torch's reader raises whatever a damaged file makes it stumble over
-        raise UserError(f"{path} is damaged or no file of weights: {first_line(error)[:160]}") from None

@@ -41,8 +41,6 @@ class OpenCLIPMetric(Metric):
 class CLIPScore(OpenCLIPMetric):
     """CLIP ViT-H/14. `pretrained` is one of open_clip's tags or a file of weights."""
 
-    label = "CLIPScore"
-
     def __init__(self, device: str = "cpu", architecture: str = "ViT-H-14", pretrained: str = "laion2b_s32b_b79k",
                  image_size: int = 224) -> None:
         super().__init__(device, architecture, image_size)

@@ -2,10 +2,10 @@
 
 import open_clip
 
-from eval.metrics.base import read_weights, weight_file
-from eval.metrics.clip import OpenCLIPMetric
 from common.errors import UserError
-from models.weights import load_strictly
+from eval.metrics.base import OTHER_FILE, weight_file
+from eval.metrics.clip import OpenCLIPMetric
+from models.weights import load_strictly, read_torch_file
 
 
 class HPSv2(OpenCLIPMetric):
@@ -15,23 +15,21 @@ class HPSv2(OpenCLIPMetric):
     `state_dict`).
     """
 
-    label = "HPSv2"
     filename = "HPS_v2_compressed.pt"
 
     def __init__(self, device: str = "cpu", architecture: str = "ViT-H-14", checkpoint: str = "xswu/HPSv2",
                  image_size: int = 224) -> None:
         super().__init__(device, architecture, image_size)
         path = weight_file(checkpoint, self.filename)
-        content = read_weights(path)
+        content = read_torch_file(path)
         if not isinstance(content, dict) or "state_dict" not in content:
             raise UserError(f"{path} holds no state_dict: it is not one of HPSv2's checkpoints")
         model = open_clip.CLIP(**open_clip.get_model_config(self.architecture))
-        load_strictly(model, content["state_dict"], path)
+        load_strictly(model, content["state_dict"], path, OTHER_FILE)
         self._use(model)
 
 
 class HPSv21(HPSv2):
     """The 2.1 release of the weights."""
 
-    label = "HPSv2.1"
     filename = "HPS_v2.1_compressed.pt"

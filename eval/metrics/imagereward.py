@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from eval.metrics.base import Metric, linear_head, weight_file
+from eval.metrics.base import OTHER_FILE, Metric, linear_head, weight_file
 from common.errors import UserError
 from models.weights import from_hub, load_strictly, read_state_dict
 
@@ -97,8 +97,6 @@ class ImageReward(Metric):
     `model` is a hub repository or folder that holds ImageReward.pt and med_config.json; `tokenizer` a BERT tokenizer.
     """
 
-    label = "ImageReward"
-
     def __init__(self, device: str = "cpu", model: str = "THUDM/ImageReward", tokenizer: str = "bert-base-uncased",
                  image_size: int = 224) -> None:
         super().__init__(device)
@@ -113,7 +111,7 @@ class ImageReward(Metric):
         self.text = BlipTextModel(text_config(weight_file(model, "med_config.json")), add_pooling_layer=False)
         self.head = linear_head(self.text.config.hidden_size)
         for part, state in ((self.vision, vision), (self.text, text), (self.head, head)):
-            load_strictly(part, state, path)
+            load_strictly(part, state, path, OTHER_FILE)
             part.to(self.device).eval()
 
     def _score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:

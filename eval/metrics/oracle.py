@@ -11,8 +11,5 @@ class Oracle(Metric):
     """In [0, 1]: half for shape, colour, background and position being right, half for cleanliness. It needs no
     weights and judges captions of drawings only: any other prompt raises UserError."""
 
-    label = "Oracle"
-    image_size = None
-
     def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         return torch.tensor([judge(image, prompt).score for image, prompt in zip(images, prompts, strict=True)])

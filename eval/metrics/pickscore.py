@@ -12,8 +12,6 @@ MAX_TOKENS = 77
 class PickScore(Metric):
     """Cosine of text and image embeddings, without the logit scale (about 0.2)."""
 
-    label = "PickScore"
-
     def __init__(self, device: str = "cpu", model: str = "yuvalkirstain/PickScore_v1",
                  processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", image_size: int = 224) -> None:
         super().__init__(device)

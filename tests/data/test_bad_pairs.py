@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import REPLACED, image_faults, picture, encoded, write_faulty_pairs
 
-from data.images import BadImage, decode_image, image_bytes
+from common.images import BadImage, decode_image, image_bytes
 
 JPEG = encoded(picture(), "JPEG")
 

@@ -86,7 +86,8 @@ def test_what_is_kept_is_what_the_encoders_answered(sd15_cache, tiny_sd15, pairs
     import torch
     from diffusers import AutoencoderKL
 
-    from data.images import decode_image, image_bytes, to_pixels
+    from common.images import decode_image, image_bytes
+    from data.images import to_pixels
     vae = AutoencoderKL.from_pretrained(tiny_sd15, subfolder="vae")
     table = datasets.load_dataset("parquet", data_dir=str(pairs_dir), split="train")
     made = CachedDataset(sd15_cache)

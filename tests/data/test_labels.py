@@ -9,7 +9,7 @@ from eval.metrics import load_metric
 from eval.metrics.tiny import write_tiny_metrics
 from common.train_options import TrainArguments, parse_arguments
 from data.pairs import load_table
-from data.images import decode_image
+from common.images import decode_image
 from data.labels import labels_from_scores, score_rows
 
 

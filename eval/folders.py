@@ -1,0 +1,190 @@
+"""What generation leaves on the disk: a folder of images for each prompt group, its settings, and the manifest beside it.
+
+An interrupted run goes on where it stopped: batches are written aside and renamed into place, the manifest comes last.
+"""
+
+import os
+import shutil
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from common.errors import UserError
+from common.files import make_folder, read_json, whole_file, write_json
+from common.locks import LOCK_FILE, hold
+from eval.manifest import read_manifest
+from eval.options import GenerateOptions
+from prompts import group_path
+
+IMAGE_DESCRIPTION = 0x010E  # the EXIF tag
+SETTINGS_FILE = "settings.json"
+NAMES = ("pretrained_model_name_or_path", "unet_path", "pretrained_vae_model_name_or_path")  # recorded, never compared
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make: image k of the prompt number `index`."""
+
+    index: int
+    k: int
+    prompt: str
+    filename: str
+
+
+@dataclass
+class Group:
+    """One prompt group's images, `folder`, and its manifest beside them."""
+
+    name: str
+    stem: str
+    output_dir: Path
+    jobs: list[Job]
+    missing: set[str] = field(default_factory=set)  # filenames still to be made
+
+    @property
+    def folder(self) -> Path:
+        return self.output_dir / self.stem
+
+    @property
+    def manifest(self) -> Path:
+        return self.output_dir / f"{self.stem}.json"
+
+    @property
+    def made_elsewhere(self) -> bool:
+        """Whether the manifest is of the published program, which leaves no settings: it is kept as it is."""
+        return self.manifest.exists() and not (self.folder / SETTINGS_FILE).exists()
+
+
+def plan_group(name: str, prompts: list[str], options: GenerateOptions) -> Group:
+    """The images that a prompt group asks for, once all options have their values."""
+    group = group_path(name).stem
+    size = f"{options.height}x{options.width}"
+    stem = f"{group}_seed{options.seed}_{size}_{options.num_inference_steps}s_{options.cfg}cfg"
+    several = options.num_images_per_prompt > 1
+    jobs = [Job(index, k, prompt, f"{index}_{k}_{size}.png" if several else f"{index}_{size}.png")
+            for index, prompt in enumerate(prompts) for k in range(options.num_images_per_prompt)]
+    return Group(group, stem, Path(options.output_dir), jobs)
+
+
+# --- before --------------------------------------------------------------------------------------------------------------
+
+def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
+    """Make a group's folder fit to go on in: its settings are written or compared, what an interruption left is
+    finished or thrown away. Raises UserError when it holds images of other settings."""
+    make_folder(group.folder, "--output_dir")
+    hold(group.folder)
+    if overwrite:
+        for path in group.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
+        for path in (group.manifest, group.manifest.with_suffix(".zip")):
+            path.unlink(missing_ok=True)
+    settings = group.folder / SETTINGS_FILE
+    if settings.exists():
+        before = read_json(settings)
+        if not isinstance(before, dict):
+            raise UserError(f"{settings} is damaged: choose another --output_dir, or --overwrite what is there")
+        before = {"empty_prompt": "encoded"} | before  # folders from before that option
+        changed = [f"{key} was {before.get(key)}, now {record[key]}" for key in record
+                   if key not in NAMES and before.get(key) != record[key]]
+        if changed and not any(path for kind in ("*.png", ".batch-*.ready") for path in group.folder.glob(kind)):
+            write_json(settings, record)  # it was begun with a mistake, and nothing was made
+        elif changed:
+            raise UserError(f"{group.folder} holds images of other settings ({'; '.join(changed[:3])}): choose another "
+                            "--output_dir, or --overwrite them")
+    elif any(group.folder.glob("*.png")):
+        raise UserError(f"{group.folder} holds images, but no {SETTINGS_FILE} that says how they were made: choose "
+                        "another --output_dir, or --overwrite them")
+    else:
+        write_json(settings, record)
+    for leftover in group.folder.glob(".batch-*"):
+        if leftover.suffix == ".ready":
+            publish(leftover)
+        else:
+            shutil.rmtree(leftover)
+
+
+def find_missing(group: Group) -> set[str]:
+    """Filenames that are not there yet. Raises UserError when an image answers another prompt than the group's."""
+    missing = set()
+    for job in group.jobs:
+        path = group.folder / job.filename
+        if not path.exists():
+            missing.add(job.filename)
+        elif (prompt := read_prompt(path)) is None:
+            raise UserError(f"{path} is damaged, or no image of this program: delete it, and the same command makes it again")
+        elif prompt != job.prompt:
+            raise UserError(f"{path} was made for the prompt {prompt!r}, the group now asks for "
+                            f"{job.prompt!r}: choose another --output_dir, or --overwrite")
+    return missing
+
+
+# --- images --------------------------------------------------------------------------------------------------------------
+
+def write_image(image: Image.Image, prompt: str, path: Path) -> None:
+    """A PNG with the prompt in EXIF ImageDescription (UTF-8), on the disk when this returns."""
+    exif = Image.Exif()
+    exif[IMAGE_DESCRIPTION] = prompt.encode()
+    with open(path, "wb") as file:
+        image.save(file, "PNG", exif=exif)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_prompt(path: Path) -> str | None:
+    """The prompt that write_image put into a PNG."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.getexif().get(IMAGE_DESCRIPTION)
+    except OSError:
+        return None
+    return text.encode("latin-1").decode() if text is not None else None
+
+
+def write_batch(folder: Path, number: int, images: list[Image.Image], jobs: list[Job]) -> None:
+    """Write a batch aside, commit it by one rename, then move its images into place: killed anywhere, the folder never
+    shows half an image, and a batch is either whole (prepare_folder finishes the moving) or was never made."""
+    aside = folder / f".batch-{number}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        for image, job in zip(images, jobs):
+            write_image(image, job.prompt, aside / job.filename)
+        ready = aside.rename(aside.with_suffix(".ready"))
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    publish(ready)
+
+
+def publish(ready: Path) -> None:
+    for path in ready.iterdir():
+        os.replace(path, ready.parent / path.name)
+    ready.rmdir()
+
+
+# --- after ---------------------------------------------------------------------------------------------------------------
+
+def finish_group(group: Group, record: dict, options: GenerateOptions) -> None:
+    """STEM.zip, then the manifest, last of all. A manifest that already covers these prompts and more is kept; a
+    damaged one is written anew."""
+    entries = [{"prompt": job.prompt, "gen_image_path": f"{group.stem}/{job.filename}", "raw_image_path": "",
+                "metadata": {**record, "index": job.index, "k": job.k, "image_seed": options.seed + job.k}}
+               for job in group.jobs]
+    try:
+        kept = read_manifest(group.manifest)
+    except UserError:  # none yet, or damaged
+        kept = []
+    if [(entry["prompt"], entry["gen_image_path"]) for entry in kept[:len(entries)]] == [
+            (entry["prompt"], entry["gen_image_path"]) for entry in entries]:
+        return
+    if not options.no_zip:
+        with (whole_file(group.manifest.with_suffix(".zip")) as aside,
+              zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as file):  # PNGs do not shrink further
+            for job in group.jobs:
+                file.write(group.folder / job.filename, f"{group.stem}/{job.filename}")
+    write_json(group.manifest, entries)
