@@ -168,7 +168,8 @@ class PreferenceTask:
             "policy": f"LoRA rank {options.model.lora_rank}" if self.policy.lora else "whole network, float32 weights",
             "reference": reference,
             "precision": f"{options.memory.mixed_precision}, errors in float32",
-            "pairs": "; ".join([f"{len(self.pairs)} of {options.data.source or options.data.cached_dataset}", *self.pairs.notes]
+            "pairs": "; ".join([f"{len(self.pairs)} of {options.data.source or options.data.cached_dataset}",
+                                f"read as {self.pairs.layout}", *self.pairs.notes]
                                + [f"encoded in {options.data.cached_dataset}"] * bool(options.data.cached_dataset)),
             "batch": f"{run.pairs_per_step} pairs per step = {run.accelerator.num_processes} device(s) x "
                      f"{optimizer.train_batch_size} x {optimizer.gradient_accumulation_steps} accumulated",
@@ -188,7 +189,7 @@ def make_task(run: Run, family: Family) -> PreferenceTask:
     with run.accelerator.main_process_first():
         table, images = load_rows(options, cache)
     labels = ai_feedback_labels(images, options.data, run.output_dir, run.accelerator) if options.data.choice_model else None
-    pairs = choose_pairs(table, options.data, run.seed, labels, winners_only=options.objective.winners_only)
+    pairs = choose_pairs(table, options.data, run.seed, labels, options.objective.train_method)
     if run.main and images is not None and (groups := contradictions(replace(pairs, rows=images))):
         warn(f"{sum(map(len, groups))} pairs contradict each other: the same two images under one caption with opposite winners "
              f"(rows {' and '.join(map(str, groups[0]))}{', ...' * (len(groups) > 1)}); python -m data.check names all of them")
