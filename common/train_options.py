@@ -132,6 +132,13 @@ class ObjectiveOptions:
         return self.train_method == "sft"
 
     @property
+    def needs_pairs(self) -> str | None:
+        """An option in use that means nothing for single images, if any."""
+        if self.winners_only:
+            return None
+        return next((name for name in ("use_winner_preserving", "winner_error_weight") if getattr(self, name)), None)
+
+    @property
     def safeguards_parameters(self) -> bool:
         return self.use_winner_preserving and not self.winners_only and self.winner_preserving_space == "parameter"
 

@@ -93,7 +93,8 @@ class PreferenceTask:
             loss, result = parameter_space_loss(accelerator, trainable, model_pred, ref_pred, target, self.config)
         else:
             result = preference_loss(model_pred, ref_pred, target, self.config,
-                                     kto_z=lambda gain: kto_reference_point(accelerator.gather(gain)))
+                                     kto_z=lambda gain: kto_reference_point(accelerator.gather(gain)),
+                                     liked=batch.get("liked"))
             loss = result.loss
         self.results.append((times, result.logs["train_loss"], result.margin))
         return StepLoss(loss, result.logs)
@@ -193,6 +194,9 @@ def make_task(run: Run, family: Family) -> PreferenceTask:
     if run.main and images is not None and (groups := contradictions(replace(pairs, rows=images))):
         warn(f"{sum(map(len, groups))} pairs contradict each other: the same two images under one caption with opposite winners "
              f"(rows {' and '.join(map(str, groups[0]))}{', ...' * (len(groups) > 1)}); python -m data.check names all of them")
+    if not pairs.paired and (name := options.objective.needs_pairs):
+        raise UserError(f"--{name} needs pairs, and {options.data.source or options.data.cached_dataset} holds {pairs.layout}: "
+                        "drop it")
     if cache:
         check_cache(cache, options.data, family, options.memory.mixed_precision, pairs.image_columns)
     else:
