@@ -201,6 +201,7 @@ class RunOptions:
     push_to_hub: bool = option(False, "upload the trained pipeline, with a model card", free=True)
     hub_model_id: str | None = option(None, "repository to push to (default: the name of output_dir)", needs="push_to_hub",
                                       free=True)
+    dry_run: bool = option(False, "take two steps, report memory, time and disk of the whole run, and leave nothing", free=True)
     local_rank: int = option(-1, "accepted and ignored: accelerate knows the rank", free=True)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -189,7 +190,10 @@ def make_task(run: Run, family: Family) -> PreferenceTask:
     cache = CachedDataset(options.data.cached_dataset) if options.data.cached_dataset else None
     with run.accelerator.main_process_first():
         table, images = load_rows(options, cache)
-    labels = ai_feedback_labels(images, options.data, run.output_dir, run.accelerator) if options.data.choice_model else None
+    labels = None
+    if options.data.choice_model:  # what a step costs does not depend on them
+        labels = (np.ones(len(table)) if options.run.dry_run else
+                  ai_feedback_labels(images, options.data, run.output_dir, run.accelerator))
     pairs = choose_pairs(table, options.data, run.seed, labels, options.objective.train_method)
     if run.main and images is not None and (groups := contradictions(replace(pairs, rows=images))):
         warn(f"{sum(map(len, groups))} pairs contradict each other: the same two images under one caption with opposite winners "
