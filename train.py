@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
-#from spo.options import SPOOptions, check_spo_options
+from spo.options import SPOOptions, check_spo_options
 from common.train_options import TrainOptions, parse_options
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         run.accelerator.end_training()
         if left:
             run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
-            run.say(f"Next: bash scripts/eval/test_{family.name}.sh {run.output_dir / f'{family.backbone}.pth'}")
+            trained = run.output_dir / family.weights_file if family.backbone == "unet" else run.output_dir
+            run.say(f"Next: bash scripts/eval/test_{family.name}.sh {trained}")
             if options.run.push_to_hub and run.main:
                 from training.hub import push
                 run.say(f"Published at {push(options, family.license)}")
@@ -76,8 +77,8 @@ def duration(seconds: float) -> str:
 
 
 def main() -> int:
-    options = parse_options(None, description=__doc__)
-    #check_spo_options(options)
+    options = parse_options(None, SPOOptions, description=__doc__)
+    check_spo_options(options)
     quiet_libraries()
     outcome = train(options)
     return 0 if outcome.step > 0 or not outcome.finished else 3  # 3: nothing was learned, its reason was reported

@@ -11,8 +11,9 @@ import functools
 import json
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import diffusers
 import torch
@@ -20,31 +21,29 @@ import torch.distributed as dist
 from accelerate import debug_launcher
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from transformers import HfArgumentParser
 
-from benchmarks.models import UNETS, make_unet
-from benchmarks.timing import check_output, check_positive
-from benchmarks.train_step import Arguments as StepArguments
-from benchmarks.train_step import make_pairs, prepare
-from common.train_options import parse_arguments, parse_words
+from benchmarks.models import make_unet
+from benchmarks.step import make_pairs, prepare, step_options
 from common.errors import UserError, run_program
-from training.run import start_accelerator
+from common.files import make_room
+from common.options import option, parse
+from models.devices import start_accelerator
 
 COUNTED = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce",
            "barrier", "all_gather_object", "broadcast_object_list")
 
 
 @dataclass
-class Arguments:
-    accumulation: int = field(default=4, metadata={"help": "micro-steps of the counted optimizer step"})
-    model: str = field(default="sd15", metadata={"help": "whose time is modelled: sd15 or sdxl"})
-    micro_step_ms: float = field(default=0.0, metadata={"help": "of 8 pairs on one GPU; as measured by train_step"})
-    optimizer_ms: float = field(default=20.0, metadata={"help": "of an optimizer step on one GPU"})
-    effective_batch: int = field(default=2048, metadata={"help": "pairs in an optimizer step"})
-    node_gbs: float = field(default=300.0, metadata={"help": "GB/s of an all-reduce within a node (its bus bandwidth)"})
-    network_gbs: float = field(default=40.0, metadata={"help": "GB/s of an all-reduce between nodes"})
-    overlap: float = field(default=0.8, metadata={"help": "share of a backward pass that hides communication"})
-    json: str | None = field(default=None, metadata={"help": "a file for the counts"})
+class CommunicationOptions:
+    accumulation: int = option(4, "micro-steps of the counted optimizer step", at_least=1)
+    model: Literal["sd15", "sdxl", "tiny"] = option("sd15", "whose time is modelled")
+    micro_step_ms: float = option(0.0, "of 8 pairs on one GPU; as measured by train_step", at_least=0)
+    optimizer_ms: float = option(20.0, "of an optimizer step on one GPU", at_least=0)
+    effective_batch: int = option(2048, "pairs in an optimizer step", at_least=8)
+    node_gbs: float = option(300.0, "GB/s of an all-reduce within a node (its bus bandwidth)", above=0)
+    network_gbs: float = option(40.0, "GB/s of an all-reduce between nodes", above=0)
+    overlap: float = option(0.8, "share of a backward pass that hides communication", at_least=0)
+    json: str | None = option(None, "a file for the counts")
 
 
 class Collectives:
@@ -75,14 +74,11 @@ def count_steps(folder: str, accumulation: int) -> None:
     """In each process: an optimizer step of each way, after one that is not counted; the main one writes it down."""
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    options = StepArguments(model="tiny", batch=1, accumulation=accumulation, steps=1)
-    args = parse_arguments(["--pretrained_model_name_or_path=tiny", "--dataset_name=synthetic", "--resolution=128",
-                            "--mixed_precision=no", "--report_to=none", "--seed=0", "--train_batch_size=1",
-                            f"--gradient_accumulation_steps={accumulation}"])
-    accelerator = start_accelerator(args)
-    table, counted = make_pairs(8, 128), {}
+    options = step_options("tiny", 1, accumulation, "no")
+    accelerator = start_accelerator(options)
+    table, counted = make_pairs(8, options.data.resolution), {}
     for variant in ("uncached", "baseline"):
-        bench = prepare(variant, args, options, table, accelerator, Path(folder))
+        bench = prepare(variant, "tiny", 2, options, table, accelerator, Path(folder))
         assert isinstance(bench.policy, DistributedDataParallel)
         bench.policy.register_comm_hook(None, allreduce_hook)  # DDP's own reduction, but through torch.distributed
         bench.optimizer_step()
@@ -101,7 +97,7 @@ def count_in_two_processes(accumulation: int) -> dict[str, dict]:
         return json.loads(Path(folder, "counted.json").read_text())
 
 
-def model_times(options: Arguments, parameters: int) -> list[str]:
+def model_times(options: CommunicationOptions, parameters: int) -> list[str]:
     """Lines of a table: step time, speed-up and efficiency over GPUs, for DDP and FSDP2."""
     lines = ["| GPUs | micro-steps | DDP s | pairs/s | efficiency | FSDP2 s | pairs/s | efficiency |",
              "|---:|---:|---:|---:|---:|---:|---:|---:|"]
@@ -130,15 +126,11 @@ def model_times(options: Arguments, parameters: int) -> list[str]:
 
 
 def main() -> None:
-    [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.communication"))
-    check_positive(options, "accumulation")
-    check_positive(options, "node_gbs", "network_gbs", least=1e-9)
-    check_positive(options, "overlap", "micro_step_ms", "optimizer_ms", least=0)
-    if options.model not in UNETS:
-        raise UserError(f"--model must be one of {', '.join(UNETS)}, not {options.model}")
-    if options.effective_batch < 8 or options.effective_batch % 8:
+    [options], _ = parse([CommunicationOptions], program="python -m benchmarks.communication", description=__doc__)
+    if options.effective_batch % 8:
         raise UserError(f"--effective_batch {options.effective_batch} is no multiple of the 8 pairs of a micro-step")
-    check_output(options.json)
+    if options.json:
+        make_room(options.json, "--json")
     counted = count_in_two_processes(options.accumulation)
     if options.json:
         Path(options.json).write_text(json.dumps(counted))

@@ -9,34 +9,33 @@ replace Pillow are timed as well, and compared with it bit by bit.
 import json
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import datasets
 import torch
 import torchvision
-from transformers import HfArgumentParser
 
-from benchmarks.models import UNETS
-from benchmarks.train_step import make_pairs
-from shapes.pipeline import clip_tokenizer
-from common.train_options import parse_arguments, parse_words
-from data.cache import save_rows, write_shard
-from data.cached import CachedDataset, with_checks
-from data.pairs import PairDataset, choose_pairs, tokenize
-from data.draws import draw_pair
+from benchmarks.models import UNETS, make_family
+from benchmarks.step import make_pairs, step_options
 from common.errors import run_program
 from common.images import decode_image
+from common.options import option, parse
+from data.cached import CachedDataset, with_checks
+from data.draws import draw_pair
+from data.encode import save_rows, write_shard
 from data.images import cut_square, scale_pixels
+from data.pairs import PairDataset
+from data.table import choose_pairs
 
 
 @dataclass
-class Arguments:
-    pairs: int = field(default=32, metadata={"help": "pairs that are read, three times; the best time counts"})
-    pairs_per_gpu: float = field(default=20.0, metadata={"help": "pairs a second of one GPU, for the rate 64 of them need"})
-    gpus: int = field(default=64, metadata={"help": "GPUs to feed"})
-    cores_per_gpu: int = field(default=16, metadata={"help": "CPU cores beside each GPU"})
+class DataPathOptions:
+    pairs: int = option(32, "pairs that are read, three times; the best time counts", at_least=1)
+    pairs_per_gpu: float = option(20.0, "pairs a second of one GPU, for the rate 64 of them need", above=0)
+    gpus: int = option(64, "GPUs to feed", at_least=1)
+    cores_per_gpu: int = option(16, "CPU cores beside each GPU", at_least=1)
 
 
 def milliseconds(function: Callable[[int], object], count: int) -> float:
@@ -70,15 +69,14 @@ def random_cache(folder: Path, table: datasets.Dataset, latent_shape: tuple, wid
     return CachedDataset(folder)
 
 
-def measure(side: int, model: str, options: Arguments) -> list[tuple[str, float]]:
+def measure(side: int, model: str, options: DataPathOptions) -> list[tuple[str, float]]:
     """(what, milliseconds) for a pair of JPEGs of `side` pixels, and for the cached pair of that model."""
     table = make_pairs(options.pairs, side)
-    args = parse_arguments(["--pretrained_model_name_or_path=none", "--dataset_name=none", f"--resolution={side}"]
-                           + (["--sdxl"] if model == "sdxl" else []))
-    latent_shape = (4, side // 8, side // 8)
-    tokenizers = [clip_tokenizer() for _ in range(2 if model == "sdxl" else 1)]
-    pairs = choose_pairs(table, args, 0)
-    data = PairDataset(pairs, tokenizers, args, 0, latent_shape)
+    train = step_options(model, 1, 1, "no").data
+    family = make_family(model)
+    latent_shape = family.latent_shape(side, side)
+    pairs = choose_pairs(table, train, 0)
+    data = PairDataset(pairs, train, 0, latent_shape, family.tokenize)
     jpegs, captions = table["jpg_0"][:], table["caption"][:]
     images = [decode_image(data) for data in jpegs]
     encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in jpegs]
@@ -88,7 +86,7 @@ def measure(side: int, model: str, options: Arguments) -> list[tuple[str, float]
         ("  draws (noise, flips, ...)", milliseconds(lambda i: draw_pair(0, i, latent_shape), options.pairs)),
         ("  decoding, Pillow, 2 images", 2 * milliseconds(lambda i: decode_image(jpegs[i]), options.pairs)),
         ("  cutting, 2 images", 2 * milliseconds(lambda i: cut_square(images[i], side), options.pairs)),
-        ("  tokenizing", len(tokenizers) * milliseconds(lambda i: tokenize(tokenizers[0], captions[i:i + 1]), options.pairs)),
+        ("  tokenizing", milliseconds(lambda i: family.tokenize(captions[i:i + 1]), options.pairs)),
         ("  (not done: scaling to float32, 2 images)", 2 * milliseconds(
             lambda i: scale_pixels(cut_square(images[i], side)), options.pairs)),
         ("  (not used: torchvision's decoder, 2 images)", 2 * milliseconds(
@@ -101,7 +99,7 @@ def measure(side: int, model: str, options: Arguments) -> list[tuple[str, float]
     widths = {"embeddings": (77, UNETS[model]["cross_attention_dim"])} | ({"pooled": (1280,)} if model == "sdxl" else {})
     with tempfile.TemporaryDirectory() as folder:
         cache = random_cache(Path(folder), table, latent_shape, widths)
-        cached = PairDataset(choose_pairs(cache.rows(), args, 0), tokenizers, args, 0, latent_shape, cache)
+        cached = PairDataset(choose_pairs(cache.rows(), train, 0), train, 0, latent_shape, family.tokenize, cache)
         rows.append(("a pair from a cache", milliseconds(lambda i: cached[i, i], options.pairs)))
         moved, cached_moved = (sum(t.nbytes for t in source[0, 0].values()) / 2**20 for source in (data, cached))
         print(f"{side} px: a pair moves {moved:.2f} MiB to the device, cached {cached_moved:.2f} MiB; the cache keeps "
@@ -110,7 +108,7 @@ def measure(side: int, model: str, options: Arguments) -> list[tuple[str, float]
 
 
 def main() -> None:
-    [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.data_path"))
+    [options], _ = parse([DataPathOptions], program="python -m benchmarks.data_path", description=__doc__)
     torch.set_num_threads(1)
     datasets.disable_progress_bar()
     need = options.gpus * options.pairs_per_gpu

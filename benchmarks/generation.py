@@ -6,63 +6,57 @@ Models at their published sizes with random weights; 50 Euler steps with guidanc
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import diffusers
 import torch
-from diffusers import (AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline,
-                       StableDiffusionXLPipeline)
-from transformers import CLIPTextConfig, HfArgumentParser
+from diffusers import DiffusionPipeline
+from torch import nn
 
-from benchmarks.models import RESOLUTIONS, TEXT_ENCODERS, UNETS, VAES, make_unet
-from benchmarks.timing import Parts, check_positive
-from eval.sampling import Sampler, SamplingSettings
-from shapes.pipeline import clip_tokenizer
-from common.train_options import parse_words
-from models.compile import check_compiler, compile_blocks
-from common.errors import UserError, run_program
+from benchmarks.models import make_family, make_unet
+from benchmarks.timing import Parts
+from common.errors import run_program
+from common.options import option, parse
+from models.family import Family
+from models.guidance import encode_prompts
+from models.sampling import SamplingSettings, sample
+from models.speed import check_compiler, compile_blocks
 
 
 @dataclass
-class Arguments:
-    model: str = field(default="tiny", metadata={"help": "tiny, sd15 or sdxl"})
-    batch: int = field(default=8, metadata={"help": "images sampled together"})
-    images: int = field(default=16, metadata={"help": "images of each measurement"})
-    steps: int = field(default=50, metadata={"help": "denoising steps"})
-    compile: bool = field(default=False, metadata={"help": "measure the compiled UNet too"})
+class GenerationOptions:
+    model: Literal["tiny", "sd15", "sdxl"] = option("tiny", "whose sizes")
+    batch: int = option(8, "images sampled together", at_least=1)
+    images: int = option(16, "images of each measurement", at_least=1)
+    steps: int = option(50, "denoising steps", at_least=1)
+    compile: bool = option(False, "measure the compiled UNet too")
 
 
-def make_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
-    with torch.device(device):
-        encoders = [kind(CLIPTextConfig(**config, bos_token_id=49406, eos_token_id=49407)).to(dtype).eval()
-                    for kind, config in TEXT_ENCODERS[model]]
-        parts = {"vae": AutoencoderKL.from_config(VAES[model]).eval(), "unet": make_unet(model).to(dtype).eval(),
-                 "scheduler": EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                                   steps_offset=1),
-                 "text_encoder": encoders[0], "tokenizer": clip_tokenizer()}
-    if model == "sdxl":
-        pipeline = StableDiffusionXLPipeline(text_encoder_2=encoders[1], tokenizer_2=clip_tokenizer(),
-                                             add_watermarker=False, **parts)
-    else:
-        pipeline = StableDiffusionPipeline(safety_checker=None, feature_extractor=None,
-                                           requires_safety_checker=False, **parts)
+def make_pipeline(family: Family, unet: nn.Module) -> DiffusionPipeline:
+    """diffusers' own, around the same parts."""
+    parts = {name.replace("text_encoder", kind): part for kind, given in (("text_encoder", family.text_encoders),
+                                                                          ("tokenizer", family.tokenizers))
+             for name, part in zip(family.encoder_classes, given)}
+    pipeline = family.pipeline(vae=family.vae, unet=unet, scheduler=family.sampler("euler", 1, unet.device), **parts,
+                               **family.pipeline_parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def main() -> None:
-    [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.generation"))
-    if options.model not in UNETS:
-        raise UserError(f"--model must be one of {', '.join(UNETS)}, not {options.model}")
-    check_positive(options, "batch", "images", "steps")
+    [options], _ = parse([GenerationOptions], program="python -m benchmarks.generation", description=__doc__)
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     if not cuda:
         torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
-    pipeline, side = make_pipeline(options.model, dtype, device), RESOLUTIONS[options.model]
+    family = make_family(options.model)
+    family.load_encoders(dtype, device, vae_dtype=torch.float32)
+    with torch.device(device):
+        unet = make_unet(options.model).to(dtype).eval()
+    pipeline, side = make_pipeline(family, unet), family.resolution
     settings = SamplingSettings(side, side, options.steps, 7.5, "official", "euler", torch.float32)
-    sampler = Sampler(pipeline, settings)
     prompts = [f"picture number {number} of a small world" for number in range(options.images)]
 
     @torch.inference_mode()
@@ -73,9 +67,10 @@ def main() -> None:
                          negative_prompt="", generator=torch.Generator(device).manual_seed(number))
 
     def batched() -> None:
+        empty = encode_prompts(family, [""], device)
         for start in range(0, options.images, options.batch):
             part = prompts[start:start + options.batch]
-            sampler.sample(part, list(range(start, start + len(part))))
+            sample(family, unet, encode_prompts(family, part, device), empty, list(range(start, start + len(part))), settings)
 
     parts, rates = Parts(device), {}
 
@@ -91,7 +86,7 @@ def main() -> None:
     measure(f"batches of {options.batch}", batched)
     if options.compile:
         check_compiler(device)
-        compile_blocks(pipeline.unet)
+        compile_blocks(unet, family.compiled_blocks)
         measure(f"batches of {options.batch}, compiled", batched)
     name = torch.cuda.get_device_name() if cuda else "CPU time of one thread"
     print(f"{options.model}, {side} px, {options.steps} steps, {dtype}; {name}; torch {torch.__version__}, "

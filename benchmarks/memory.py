@@ -14,7 +14,8 @@ libraries and fragmentation, which --margin stands for.
 import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -26,48 +27,43 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, HfArgumentParser
+from transformers import CLIPTextConfig
 
-from benchmarks.models import RESOLUTIONS, TEXT_ENCODERS, UNETS, VAES, make_unet
-from benchmarks.timing import check_positive
-from common.train_options import parse_words
-from models.stable_diffusion import VAE_BATCH
-from common.errors import UserError, run_program
-from models.policy import LORA_TARGETS
-from models.recompute import recompute_cheap
+from benchmarks.models import RESOLUTIONS, TEXT_ENCODERS, VAES, make_family, make_unet, network_inputs
+from common.errors import run_program
+from common.options import option, parse
+from common.train_options import MemoryOptions, TrainOptions, parse_options
+from models.family import Family
+from models.speed import recompute_cheap
+from models.stable_diffusion import ENCODED_AT_ONCE
+from training.defaults import settle_defaults
 
 CARDS = (16, 24, 40, 80)
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0.02}  # a parameter; Adafactor keeps rows and columns
 
 
 @dataclass
-class Arguments:
-    models: list[str] = field(default_factory=lambda: ["sd15", "sdxl"], metadata={"help": "sd15, sdxl, tiny"})
-    batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "pairs in a micro-step"})
-    margin: float = field(default=1.5, metadata={"help": "GiB left for the context, workspaces and fragmentation"})
+class CountOptions:
+    models: list[Literal["sd15", "sdxl", "tiny"]] = option(["sd15", "sdxl"], "what is counted")
+    batches: list[int] = option([1, 2, 4, 8], "pairs in a micro-step", at_least=1)
+    margin: float = option(1.5, "GiB left for the context, workspaces and fragmentation", at_least=0)
 
 
 @dataclass
 class Setting:
-    """A row of the table."""
+    """A row of the table: train.py's flags, from which optimizer, checkpointing and all else follow."""
 
     model: str
-    optimizer: str
-    lora: bool = False
-    checkpointing: bool = False
-    selective: bool = False
-    offload: bool = False
+    flags: str = ""
     official: bool = False
 
     def __str__(self) -> str:
-        if self.official:
-            return "official"
-        flags = ["--sdxl" if self.model == "sdxl" else "", "--lora_rank 16" if self.lora else "",
-                 "" if self.lora or self.model == "sdxl" else {"adamw8bit": "--use_8bit_adam"}.get(self.optimizer, ""),
-                 "--gradient_checkpointing" if self.checkpointing and self.model != "sdxl" else "",
-                 "--selective_checkpointing" if self.selective else "",
-                 "--offload_reference" if self.offload else ""]
-        return " ".join(filter(None, flags)) or "(none)"
+        return "official" if self.official else self.flags or "(none)"
+
+    def options(self) -> TrainOptions:
+        options = parse_options([f"--pretrained_model_name_or_path={self.model}", "--dataset_name=none", *self.flags.split()])
+        settle_defaults(options, make_family(self.model, options.model))
+        return options
 
 
 class LiveBytes(TorchDispatchMode):
@@ -126,49 +122,50 @@ def halve(unet: nn.Module) -> nn.Module:
     return unet
 
 
+def recompute(unet: nn.Module, family: Family, memory: MemoryOptions) -> None:
+    """What make_policy sets up, to keep less for the backward pass."""
+    if memory.selective_checkpointing:
+        recompute_cheap(unet)
+    elif memory.gradient_checkpointing or family.always_checkpoints:
+        unet.enable_gradient_checkpointing()
+
+
 def count_step(setting: Setting, batch: int) -> dict[str, float]:
     """GiB by part of a micro-step of `batch` pairs with gradients already there, as while accumulating."""
-    config, samples, side = UNETS[setting.model], 2 * batch, RESOLUTIONS[setting.model] // 8
-    gib = 2.0**30
+    options, samples, side, gib = setting.options(), 2 * batch, RESOLUTIONS[setting.model], 2.0**30
+    family, lora = make_family(setting.model, options.model), options.model.lora_rank
     with FakeTensorMode():
         policy = make_unet(setting.model).train()
-        if setting.lora:
+        if lora:
             halve(policy)
             with mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self):  # not for such tensors
-                policy.add_adapter(LoraConfig(r=16, target_modules=LORA_TARGETS))
+                policy.add_adapter(LoraConfig(r=lora, target_modules=family.lora_targets))
             reference = policy
         else:
             reference = halve(make_unet(setting.model).train())
-        if setting.checkpointing:
-            policy.enable_gradient_checkpointing()
-        if setting.selective:
-            recompute_cheap(policy)
+        recompute(policy, family, options.memory)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
-        added = {"text_embeds": torch.empty(samples, 1280), "time_ids": torch.empty(samples, 6)}
-        inputs = (torch.empty(samples, 4, side, side), torch.empty(samples, dtype=torch.long),
-                  torch.empty(samples, 77, config["cross_attention_dim"]))
-        added = added if setting.model == "sdxl" else None
+        x_t, times, text = network_inputs(family, samples, side)
         gradients = [parameter.grad for parameter in trainable]
-        outside = [*policy.parameters(), *reference.parameters(), *gradients, *inputs, *(added or {}).values()]
-        with LiveBytes(outside) as bytes_, as_on_a_gpu():
+        with LiveBytes([*policy.parameters(), *reference.parameters(), *gradients, x_t, times, *text.values()]) as bytes_, \
+                as_on_a_gpu():
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                reference(*inputs, added_cond_kwargs=added, return_dict=False)
+                family.predict(reference, x_t, times, text, (side, side))
             reference_peak, bytes_.peak = bytes_.peak, bytes_.live
             # Autocast ends before the backward pass, as accelerate's does.
             with torch.autocast("cpu", torch.bfloat16, cache_enabled=setting.official):
-                prediction = policy(*inputs, added_cond_kwargs=added, return_dict=False)[0]
+                prediction = family.predict(policy, x_t, times, text, (side, side))
             loss = prediction.float().square().mean()
             kept = bytes_.live
             loss.backward()
         size = {name: sum(tensor.numel() * tensor.element_size() for tensor in tensors) / gib for name, tensors in (
-            ("policy", policy.parameters()), ("reference", [] if setting.lora else reference.parameters()),
-            ("gradients", trainable))}
-    size["moments"] = sum(parameter.numel() for parameter in trainable) * MOMENT_BYTES[setting.optimizer] / gib
-    reference_weights = size.pop("reference")
-    in_policy, in_reference = bytes_.peak / gib, reference_peak / gib + (reference_weights if setting.offload else 0)
-    size["reference"] = 0.0 if setting.offload else reference_weights
+            ("policy", policy.parameters()), ("reference", [] if lora else reference.parameters()), ("gradients", trainable))}
+    size["moments"] = sum(parameter.numel() for parameter in trainable) * MOMENT_BYTES[options.optimizer.optimizer] / gib
+    reference_weights, offload = size.pop("reference"), options.memory.offload_reference
+    in_policy, in_reference = bytes_.peak / gib, reference_peak / gib + (reference_weights if offload else 0)
+    size["reference"] = 0.0 if offload else reference_weights
     size["encoders"], in_vae = count_encoders(setting.model, samples) if setting.official else (0.0, 0.0)
     total = sum(size.values()) + max(in_policy, in_reference, in_vae)
     return size | {"activations": kept / gib, "total": total}
@@ -176,19 +173,16 @@ def count_step(setting: Setting, batch: int) -> dict[str, float]:
 
 def recomputed_share(setting: Setting) -> float:
     """Operations of products, convolutions and attention done again in the backward pass, over a forward pass's."""
-    if not setting.checkpointing and not setting.selective:
-        return 0.0
-    side, counts = RESOLUTIONS[setting.model] // 8, []
-    added = {"text_embeds": torch.empty(1, 1280, device="meta"), "time_ids": torch.empty(1, 6, device="meta")}
-    for recompute in (False, True):
+    options, counts, side = setting.options(), [], RESOLUTIONS[setting.model]
+    family = make_family(setting.model, options.model)
+    for prepared in (False, True):
         with torch.device("meta"):
             unet = make_unet(setting.model).train()
-            if recompute:
-                recompute_cheap(unet) if setting.selective else unet.enable_gradient_checkpointing()
-            inputs = (torch.empty(1, 4, side, side), torch.empty(1, dtype=torch.long),
-                      torch.empty(1, 77, UNETS[setting.model]["cross_attention_dim"]))
+            if prepared:
+                recompute(unet, family, options.memory)
+            x_t, times, text = network_inputs(family, 1, side)
             with FlopCounterMode(display=False) as counter:
-                prediction = unet(*inputs, added_cond_kwargs=added if setting.model == "sdxl" else None)[0]
+                prediction = family.predict(unet, x_t, times, text, (side, side))
                 forward = counter.get_total_flops()
                 prediction.sum().backward()
         counts.append(counter.get_total_flops())
@@ -204,7 +198,7 @@ def count_encoders(model: str, images: int) -> tuple[float, float]:
         for module in vae.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=torch.bfloat16), requires_grad=False))
-        pixels = torch.empty(min(images, VAE_BATCH), 3, side, side, dtype=torch.bfloat16)
+        pixels = torch.empty(min(images, ENCODED_AT_ONCE), 3, side, side, dtype=torch.bfloat16)
         with LiveBytes([pixels, *vae.parameters()]) as bytes_, torch.no_grad():
             vae.encode(pixels)
         weights = sum(parameter.numel() for module in (vae, *texts) for parameter in module.parameters())
@@ -212,24 +206,15 @@ def count_encoders(model: str, images: int) -> tuple[float, float]:
 
 
 def settings(model: str) -> list[Setting]:
-    if model == "sdxl":
-        return [Setting(model, "adafactor", checkpointing=True, official=True),
-                Setting(model, "adafactor", checkpointing=True),
-                Setting(model, "adafactor", checkpointing=True, offload=True),
-                Setting(model, "adafactor", selective=True),
-                Setting(model, "adamw", lora=True, checkpointing=True)]
-    return [Setting(model, "adamw", official=True), Setting(model, "adamw"), Setting(model, "adamw", selective=True),
-            Setting(model, "adamw", checkpointing=True), Setting(model, "adamw8bit", selective=True),
-            Setting(model, "adamw8bit", checkpointing=True, offload=True), Setting(model, "adamw", lora=True),
-            Setting(model, "adamw", lora=True, selective=True), Setting(model, "adamw", lora=True, checkpointing=True)]
+    selective, whole, lora = "--selective_checkpointing", "--gradient_checkpointing", "--lora_rank 16"
+    flags = ["", "--offload_reference", selective, lora] if model == "sdxl" else [
+        "", selective, whole, f"--use_8bit_adam {selective}", f"--use_8bit_adam {whole} --offload_reference", lora,
+        f"{lora} {selective}", f"{lora} {whole}"]
+    return [Setting(model, official=True), *(Setting(model, each) for each in flags)]
 
 
 def main() -> None:
-    [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.memory"))
-    check_positive(options, "batches")
-    check_positive(options, "margin", least=0)
-    if any(model not in UNETS for model in options.models):
-        raise UserError(f"--models are {', '.join(UNETS)}")
+    [options], _ = parse([CountOptions], program="python -m benchmarks.memory", description=__doc__)
     most = options.batches[-1]
     print(f"GiB a GPU, computed, bf16, with a cache; fits: pairs in a micro-step with {options.margin} GiB to spare\n")
     print("| model | settings | policy | gradients | moments | reference | "

@@ -1,13 +1,14 @@
 """Stable Diffusion's parts at their published sizes, with random weights: for measuring, where no weights are at hand."""
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from common.train_options import ModelOptions
+from models.family import Family
+from models.stable_diffusion import StableDiffusion15, StableDiffusionXL
 from shapes.pipeline import clip_tokenizer
-from common.train_options import TrainArguments
-from models.policy import Models
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
@@ -42,6 +43,7 @@ CLIP_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
 TEXT_ENCODERS = {"sd15": [(CLIPTextModel, CLIP_L)], "tiny": [(CLIPTextModel, CLIP_TINY)],
                  "sdxl": [(CLIPTextModel, CLIP_L), (CLIPTextModelWithProjection, CLIP_BIG_G)]}
 RESOLUTIONS = {"tiny": 128, "sd15": 512, "sdxl": 1024}
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
 def make_unet(name: str) -> UNet2DConditionModel:
@@ -49,17 +51,52 @@ def make_unet(name: str) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_config(UNETS[name])
 
 
-def make_encoders(name: str, args: TrainArguments, dtype: torch.dtype, device: torch.device) -> Models:
-    """Scheduler, tokenizers, and frozen VAE and text encoders in `dtype`."""
-    models = Models(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-                    [clip_tokenizer() for _ in TEXT_ENCODERS[name]])
-    with torch.device(device):
-        models.vae = frozen(AutoencoderKL.from_config(VAES[name]), dtype)
-        models.text_encoders = [frozen(kind(CLIPTextConfig(**config, bos_token_id=49406, eos_token_id=49407)), dtype)
-                                for kind, config in TEXT_ENCODERS[name]]
-    side = args.resolution // 8
-    models.latent_shape, models.scaling_factor = (4, side, side), models.vae.config.scaling_factor
-    return models
+class RandomWeights:
+    """The half of a family that reads files: random weights at the published sizes, in its place."""
+
+    def __init__(self, model: str, options: ModelOptions):
+        self.model, self.options, self.index = model, options, {}
+        self.turbo = self.refiner = False
+        self.scheduler = DDPMScheduler(**NOISE)
+        self.tokenizers = [clip_tokenizer() for _ in TEXT_ENCODERS[model]]
+        self.vae_config, self.resolution = VAES[model], RESOLUTIONS[model]
+        self.scaling_factor = self.vae_config.get("scaling_factor", 0.18215)
+        self.drop_encoders()
+
+    def load_encoders(self, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None = None) -> None:
+        with torch.device(device):
+            self.vae = frozen(AutoencoderKL.from_config(self.vae_config), vae_dtype or dtype)
+            self.text_encoders = [frozen(kind(CLIPTextConfig(**config, bos_token_id=49406, eos_token_id=49407)), dtype)
+                                  for kind, config in TEXT_ENCODERS[self.model]]
+
+    def encoder_sources(self) -> dict:
+        return {}
+
+    def sampler(self, kind: str, steps: int, device: torch.device) -> EulerDiscreteScheduler:
+        scheduler = EulerDiscreteScheduler(**NOISE)
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler
+
+
+class RandomSD15(RandomWeights, StableDiffusion15):
+    pass
+
+
+class RandomSDXL(RandomWeights, StableDiffusionXL):
+    pass
+
+
+def make_family(model: str, options: ModelOptions | None = None) -> Family:
+    """The family of a model, without files; its encoders come with load_encoders, its network from make_unet."""
+    return (RandomSDXL if model == "sdxl" else RandomSD15)(model, options or ModelOptions(model))
+
+
+def network_inputs(family: Family, samples: int, resolution: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """x_t, times and text of so many samples, without content, on torch's default device."""
+    text = {"embeddings": torch.empty(samples, 77, UNETS[family.model]["cross_attention_dim"])}
+    if family.model == "sdxl":
+        text["pooled"] = torch.empty(samples, 1280)
+    return torch.empty(samples, *family.latent_shape(resolution, resolution)), torch.empty(samples, dtype=torch.long), text
 
 
 def frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -7,28 +7,28 @@ backward. On a GPU a micro-step's time comes from benchmarks.train_step (--micro
 the UNets' counted operations can take on this machine, at its measured rate of matrix products.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from transformers import HfArgumentParser
 
 from benchmarks.models import RESOLUTIONS
-from benchmarks.timing import Parts, check_positive, matrix_rate
-from benchmarks.train_step import unet_forward_flops
+from benchmarks.step import unet_forward_flops
+from benchmarks.timing import Parts, matrix_rate
+from common.errors import run_program
+from common.options import option, parse
 from losses import LossConfig, preference_loss
-from common.train_options import parse_words
-from common.errors import UserError, run_program
 
 
 @dataclass
-class Arguments:
-    batch: int = field(default=8, metadata={"help": "pairs in a micro-step"})
-    repeats: int = field(default=30, metadata={"help": "timings of each, in turns; the median counts"})
-    micro_step_ms: float = field(default=0.0, metadata={"help": "a measured micro-step, in place of the least time"})
-    models: list[str] = field(default_factory=lambda: ["sd15", "sdxl"], metadata={"help": "sd15, sdxl, tiny"})
+class SafeguardOptions:
+    batch: int = option(8, "pairs in a micro-step", at_least=1)
+    repeats: int = option(30, "timings of each, in turns; the median counts", at_least=1)
+    micro_step_ms: float = option(0.0, "a measured micro-step, in place of the least time", at_least=0)
+    models: list[Literal["sd15", "sdxl", "tiny"]] = option(["sd15", "sdxl"], "whose predictions")
 
 
-def loss_time(model: str, guarded: bool, options: Arguments, device: torch.device) -> float:
+def loss_time(model: str, guarded: bool, options: SafeguardOptions, device: torch.device) -> float:
     """Milliseconds of the loss of one micro-step, forward and backward."""
     side = RESOLUTIONS[model] // 8
     prediction, reference, target = (torch.randn(2 * options.batch, 4, side, side, device=device) for _ in range(3))
@@ -40,10 +40,7 @@ def loss_time(model: str, guarded: bool, options: Arguments, device: torch.devic
 
 
 def main() -> None:
-    [options] = parse_words(HfArgumentParser(Arguments, prog="python -m benchmarks.safeguard"))
-    check_positive(options, "batch", "repeats")
-    if any(model not in RESOLUTIONS for model in options.models):
-        raise UserError(f"--models are {', '.join(RESOLUTIONS)}")
+    [options], _ = parse([SafeguardOptions], program="python -m benchmarks.safeguard", description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -3,26 +3,9 @@
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
-
-from common.errors import UserError
-
-
-def check_positive(options, *names: str, least: float = 1) -> None:
-    """Raises UserError for an option below `least`."""
-    for name in names:
-        value = getattr(options, name)
-        if not all(one >= least for one in (value if isinstance(value, list) else [value])):
-            raise UserError(f"--{name} must be at least {least}, not {value}")
-
-
-def check_output(path: str | None) -> None:
-    """Raises UserError for a file that could not be written at the end of the measurements."""
-    if path and not Path(path).absolute().parent.is_dir():
-        raise UserError(f"--json {path}: there is no folder {Path(path).parent}")
 
 
 class Parts:

@@ -1,0 +1,1 @@
+"""What every room uses: errors, options, files, locks, signals. Imports no torch."""

@@ -83,15 +83,16 @@ def flag_names(group: type) -> set[str]:
 # --- parsing -----------------------------------------------------------------------------------------------------------
 
 def parse(groups: list[type], argv: list[str] | None = None, *, program: str, description: str | None = None,
-          configurable: bool = False) -> tuple[list[Any], set[str]]:
+          configurable: bool = False, only: set[str] | None = None) -> tuple[list[Any], set[str]]:
     """The command line as one instance of each group, and the names of the options that were given.
 
     configurable: --config FILE.yaml holds options too; the command line wins, and a later file over an earlier one.
+    only: the names that the program has, of the groups'; the others keep their defaults.
     Raises UserError for a word that is no option, and for a value that does not fit one or is out of bounds.
     """
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     files = config_files(argv) if configurable else []
-    declared = {f.name: f for group in groups for f in fields(group)}
+    declared = {f.name: f for group in groups for f in fields(group) if only is None or f.name in only}
     argv = [word for file in files for word in yaml_words(file, declared)] + argv
     parser = _Parser(program, description, files)
     if configurable:
@@ -99,7 +100,8 @@ def parse(groups: list[type], argv: list[str] | None = None, *, program: str, de
     for group in groups:
         section = parser.add_argument_group(getattr(group, "title", "options"))
         for f in fields(group):
-            _add(section, f)
+            if f.name in declared:
+                _add(section, f)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -109,10 +111,11 @@ def parse(groups: list[type], argv: list[str] | None = None, *, program: str, de
     if missing:
         parser.error(f"{' and '.join(missing)} must be given")
     for name, value in vars(found).items():
-        if name in declared and (fault := declaration(declared[name]).fault(value)):
-            raise UserError(f"--{name} {fault}")
+        for each in value if isinstance(value, list) else [value]:
+            if name in declared and (fault := declaration(declared[name]).fault(each)):
+                raise UserError(f"--{name} {fault}")
     given = names_given(argv) & declared.keys()
-    return [group(**{f.name: getattr(found, f.name) for f in fields(group)}) for group in groups], given
+    return [group(**{f.name: getattr(found, f.name) for f in fields(group) if f.name in declared}) for group in groups], given
 
 
 class _Parser(argparse.ArgumentParser):
@@ -151,11 +154,12 @@ def option_type(f: dataclasses.Field) -> tuple[type, tuple[str, ...], bool]:
     kind = f.type
     if get_origin(kind) in (UnionType, Union):  # X | None; of a Literal typing makes the latter
         kind = next(part for part in get_args(kind) if part is not type(None))
-    if get_origin(kind) is list:
-        return get_args(kind)[0], (), True
+    many = get_origin(kind) is list
+    if many:
+        [kind] = get_args(kind)
     if get_origin(kind) is Literal:
-        return str, get_args(kind), False
-    return kind, (), False
+        return str, get_args(kind), many
+    return kind, (), many
 
 
 def help_text(f: dataclasses.Field) -> str:

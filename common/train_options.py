@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from common.errors import UserError, warn
 from common.options import declaration, default_of, option, parse, warn_of_ignored
+
 PAIRWISE = ("diffusion-dpo", "dspo", "dmpo", "mapo", "poly-dpo", "linear-dpo", "ipo", "dpop", "kto")
 WITH_BETA = tuple(method for method in PAIRWISE if method != "mapo")
 REFERENCE_FREE = ("sft", "mapo")
@@ -24,7 +25,25 @@ class ModelOptions:
     pretrained_vae_model_name_or_path: str | None = option(None, "another VAE than the base pipeline's")
     unet_init: str | None = option(None, "weights that start policy AND reference: a diffusers folder, unet.pth, ...")
     sdxl: bool = option(False, "the base is SDXL: refuse any other (the base's model_index.json says which it is)")
-    lora_rank: int = option(0, "train LoRA of this rank on the attention layers; 0 trains the whole network", at_least=0)
+    lora_rank: int = option(0, "train LoRA of this rank on the attention layers; 0 trains the whole network", at_least=0,
+                            default_text="0; flow matching 32, Qwen-Image 64")
+    lora_alpha: float | None = option(None, "LoRA is scaled by this over its rank", above=0,
+                                      default_text="the rank; flow matching twice the rank")
+    merge_lora: bool = option(False, "leave the whole pipeline with the LoRA merged, beside the adapter (UNets: always)",
+                              free=True)
+    max_sequence_length: int | None = option(
+        None, "tokens of a caption that flow-matching bases read", at_least=16,
+        default_text="SD3 256, others 512; SD1.5 and SDXL read 77, always")
+    timestep_sampling: Literal["uniform", "logit_normal"] | None = option(
+        None, "how sigma is drawn for flow matching, before the shift; SD1.5 and SDXL draw from all timesteps alike",
+        default_text="SD3 logit_normal, others uniform")
+    logit_mean: float = option(0.0, "of logit_normal: above 0 there is more noise (flow matching alone)")
+    logit_std: float = option(1.0, "of logit_normal (flow matching alone)", above=0)
+    timestep_shift: float | None = option(
+        None, "s in sigma' = s sigma / (1 + (s - 1) sigma), above 1 for more noise (flow matching alone)", above=0,
+        default_text="the base's static one; 1 where its sampler's depends on the size")
+    embedded_guidance: float = option(1.0, "guidance that policy and reference are told in training, where it is an input of "
+                                      "the network; 1 keeps what was distilled", above=0)
     cache_dir: str | None = option(None, "where hub downloads are kept", free=True)
 
 
@@ -55,28 +74,32 @@ class DataOptions:
     image_column: str = option("image", "image column of a dataset without pairs", methods=("sft", "kto"))
     caption_column: str = option("caption", "caption column", default_text="caption, or else prompt or text")
     winner_column: str | None = option(None, "image column of the winners, where the layout is not a known one",
-                                       needs="loser_column")
-    loser_column: str | None = option(None, "image column of the losers", needs="winner_column")
+                                       needs="loser_column", methods=OFFLINE)
+    loser_column: str | None = option(None, "image column of the losers", needs="winner_column", methods=OFFLINE)
     label_column: list[str] = option([], "column that decides: the first image's share of the votes; or two of scores; of "
                                      "single images whether each is liked", methods=OFFLINE)
     max_train_samples: int | None = option(None, "use a seeded shuffle's first N pairs (spo: prompts)", at_least=1)
-    resolution: int | None = option(None, "training size in pixels", at_least=8, default_text="the base's own: SD1.5 512, SDXL 1024")
-    random_crop: bool = option(False, "random instead of centre crops, drawn for each image")
-    no_hflip: bool = option(False, "no horizontal flips")
-    paired_hflip: bool = option(False, "flip winner and loser together instead of independently")
-    proportion_empty_prompts: float = option(0.2, "share of prompts replaced by the empty one", at_least=0, at_most=1)
+    resolution: int | None = option(None, "training size in pixels", at_least=8,
+                                    default_text="the base's own: SD1.5 512, SDXL 1024; flow matching 512 at most")
+    random_crop: bool = option(False, "random instead of centre crops, drawn for each image", methods=OFFLINE)
+    no_hflip: bool = option(False, "no horizontal flips", methods=OFFLINE)
+    paired_hflip: bool = option(False, "flip winner and loser together instead of independently", methods=OFFLINE)
+    proportion_empty_prompts: float = option(0.2, "share of prompts replaced by the empty one", at_least=0, at_most=1,
+                                             methods=OFFLINE)
     choice_model: Literal["aes", "clip", "hps", "pickscore", "imagereward", "oracle"] | None = option(
-        None, "relabel the pairs by this scorer; oracle: of drawn shapes")
+        None, "relabel the pairs by this scorer; oracle: of drawn shapes", methods=OFFLINE)
     metrics_config: str | None = option(None, "model ids and paths of --choice_model (default configs/metrics.yaml)",
-                                        free=True, needs="choice_model")
-    dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models")
-    dataloader_num_workers: int = option(0, "processes that decode images, a device; one a core at most", at_least=0, free=True)
+                                        free=True, needs="choice_model", methods=OFFLINE)
+    dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models", methods=OFFLINE)
+    dataloader_num_workers: int = option(0, "processes that decode images, a device; one a core at most", at_least=0, free=True,
+                                         methods=OFFLINE)
     cached_dataset: str | None = option(None, "a folder made by data.cache with the same flags: its encoded images "
-                                        "and prompts replace VAE and text encoders", free=True)
-    noise_offset: float = option(0.0, "scale of a per-channel offset added to the noise", at_least=0)
-    input_perturbation: float = option(0.0, "scale of extra noise on the model's input, shared by the pair", at_least=0)
+                                        "and prompts replace VAE and text encoders", free=True, methods=OFFLINE)
+    noise_offset: float = option(0.0, "scale of a per-channel offset added to the noise", at_least=0, methods=OFFLINE)
+    input_perturbation: float = option(0.0, "scale of extra noise on the model's input, shared by the pair", at_least=0,
+                                       methods=OFFLINE)
     max_bad_fraction: float = option(0.01, "stop when clearly more than this share of the pairs cannot be used", at_least=0,
-                                     at_most=1, free=True)
+                                     at_most=1, free=True, methods=OFFLINE)
 
     @property
     def source(self) -> str | None:
@@ -113,6 +136,8 @@ class ObjectiveOptions:
                                      methods=("kto",))
     winner_error_weight: float = option(0.0, "adds this much of the winners' own error to an objective of pairs", at_least=0,
                                         methods=PAIRWISE)
+    reference_ema: float | None = option(None, "the reference follows the policy as a float32 moving average of this decay; by "
+                                               "default it stands still", above=0, below=1, methods=WITH_BETA)
     use_winner_preserving: bool = option(False, "the SDPO safeguard: scale the loser's gradient by lambda", methods=PAIRWISE)
     winner_preserving_mu: float | None = option(
         None, "the safeguard's strength; larger is more conservative", at_least=0, at_most=1, methods=PAIRWISE,
@@ -122,6 +147,8 @@ class ObjectiveOptions:
     winner_preserving_space: Literal["output", "parameter"] = option(
         "output", "lambda from gradients of predictions (published), or of parameters (a second backward pass)",
         methods=PAIRWISE, needs="use_winner_preserving")
+    fixed_lambda: float | None = option(None, "scale the loser's gradient by this number instead of the safeguard's lambda: a "
+                                        "control for experiments", at_least=0, at_most=1, methods=PAIRWISE)
 
     @property
     def needs_reference(self) -> bool:
@@ -136,7 +163,8 @@ class ObjectiveOptions:
         """An option in use that means nothing for single images, if any."""
         if self.winners_only:
             return None
-        return next((name for name in ("use_winner_preserving", "winner_error_weight") if getattr(self, name)), None)
+        return next((name for name in ("use_winner_preserving", "winner_error_weight", "fixed_lambda")
+                     if getattr(self, name) not in (None, False, 0.0)), None)
 
     @property
     def safeguards_parameters(self) -> bool:
@@ -155,7 +183,7 @@ class OptimizerOptions:
         None, "peak learning rate, before --scale_lr", above=0,
         default_text="published: 1e-8, SDXL 1e-9, with --scale_lr; without it 2e-5, SDXL 2e-6, LoRA 1e-4")
     scale_lr: bool = option(False, "multiply the learning rate by devices * batch * accumulation")
-    lr_scheduler: str = option("constant_with_warmup", "a schedule of diffusers.optimization")
+    lr_scheduler: str = option("constant_with_warmup", "a schedule of diffusers.optimization, or warmup_then_decay: DeepSpeed's")
     lr_warmup_steps: int | None = option(None, "optimizer steps of linear warm-up", at_least=0,
                                          default_text="published: 500, and a quarter of a shorter run")
     optimizer: Literal["auto", "adamw", "adamw8bit", "adafactor", "sgd"] = option(
@@ -255,25 +283,19 @@ def check_options(options: TrainOptions) -> None:
         if "train_method" in given and objective.train_method != "sft":
             raise UserError(f"--sft and --train_method {objective.train_method} contradict each other: drop one")
         objective.train_method = "sft"
-    if not model.pretrained_model_name_or_path:
-        raise UserError("name the base model: --pretrained_model_name_or_path (a diffusers folder or a hub id)")
-    if not run.output_dir.strip():
-        raise UserError("--output_dir names no folder")
+    check_run_options(options)
     if optimizer.use_8bit_adam and (optimizer.use_adafactor or optimizer.optimizer not in ("auto", "adamw8bit")):
         other = "use_adafactor" if optimizer.use_adafactor else f"optimizer {optimizer.optimizer}"
         raise UserError(f"--use_8bit_adam and --{other} contradict each other: drop one")
     if optimizer.use_adafactor and optimizer.optimizer not in ("auto", "adafactor"):
         raise UserError(f"--use_adafactor and --optimizer {optimizer.optimizer} contradict each other: drop one")
-    if data.resolution is not None and data.resolution % 8:
-        raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}")
     if optimizer.max_train_steps == 0 and optimizer.num_train_epochs == 0:
         raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
-    for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("unet_init", model.unet_init),
-                         ("pretrained_vae_model_name_or_path", model.pretrained_vae_model_name_or_path),
-                         ("train_data_dir", data.train_data_dir)):
-        if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(run.output_dir):
-            raise UserError(f"--output_dir is --{name} itself, which the result would overwrite: name another folder")
     check_data_options(data, objective)
+    if objective.reference_ema is not None and model.lora_rank:
+        raise UserError("--reference_ema needs a reference of its own, and LoRA's is the policy without its adapter: drop one")
+    if objective.fixed_lambda is not None and objective.use_winner_preserving:
+        raise UserError("--fixed_lambda and --use_winner_preserving contradict each other: drop one")
     if objective.safeguards_parameters:
         if objective.train_method in ("mapo", "ipo", "kto"):
             raise UserError(f"--winner_preserving_space parameter does not go with {objective.train_method}, which may pull at the "
@@ -286,10 +308,26 @@ def check_options(options: TrainOptions) -> None:
             raise UserError(f"--winner_preserving_space parameter does not go with {other}: drop one")
     if any("\ud800" <= character <= "\udfff" for character in "".join(run.validation_prompts)):
         raise UserError("--validation_prompts holds bytes that are not UTF-8 text")
-    if run.seed is not None and run.seed >= 2**63:
-        raise UserError(f"--seed must lie in [0, 2^63), not {run.seed}")
     warn_of_ignored(options.groups(), given, objective.train_method)
     _warn_of_combinations(options)
+
+
+def check_run_options(options: TrainOptions) -> None:
+    """What every program that trains asks of its base, its size, its seed and its folder. Raises UserError."""
+    model, data, run = options.model, options.data, options.run
+    if not model.pretrained_model_name_or_path:
+        raise UserError("name the base model: --pretrained_model_name_or_path (a diffusers folder or a hub id)")
+    if not run.output_dir.strip():
+        raise UserError("--output_dir names no folder")
+    if data.resolution is not None and data.resolution % 8:
+        raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}")
+    for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("unet_init", model.unet_init),
+                         ("pretrained_vae_model_name_or_path", model.pretrained_vae_model_name_or_path),
+                         ("train_data_dir", data.train_data_dir)):
+        if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(run.output_dir):
+            raise UserError(f"--output_dir is --{name} itself, which the result would overwrite: name another folder")
+    if run.seed is not None and run.seed >= 2**63:
+        raise UserError(f"--seed must lie in [0, 2^63), not {run.seed}")
 
 
 def check_data_options(data: DataOptions, objective: ObjectiveOptions) -> None:

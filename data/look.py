@@ -79,7 +79,7 @@ def look(options: TrainOptions, family: Family | None, workers: int, report_file
          sheet: str | None = None) -> None:
     """Look through the pairs that the options name and print what is found. Raises UserError for too many bad pairs."""
     data = options.data
-    resolution = data.resolution or (family.resolution if family else 512)
+    resolution = data.resolution or (family.training_resolution if family else 512)
     table = load_table(data, options.model.cache_dir)
     winners_only, method = options.objective.winners_only, options.objective.train_method
     pairs = choose_pairs(table, data, seed=0, method=method if "train_method" in options.given or winners_only else None)

@@ -31,6 +31,10 @@ class PairDataset(torch.utils.data.Dataset):
     With a cache, in place of pixel_values and tokens: moments (2, 2C, h, w) and text.NAME.
     """
 
+    @property
+    def shuffle(self) -> bool:
+        return self.data.split == "train"
+
     def __init__(self, pairs: PairTable, data: DataOptions, seed: int, latent_shape: tuple[int, int, int],
                  tokenize: Callable[[list[str]], Text], cache: CachedDataset | None = None, winners_only: bool = False):
         """tokenize: the family's."""
@@ -116,7 +120,7 @@ def worker_count(asked: int) -> int:
 def make_loader(dataset: PairDataset, batch_size: int, rank: int, world_size: int, first_position: int, micro_steps: int,
                 pin_memory: bool) -> DataLoader:
     """This process's next `micro_steps` micro-batches, pairs stacked: (B, ...); first_position: how many pairs were seen."""
-    stream = PairStream(len(dataset), batch_size, rank, world_size, dataset.seed, shuffle=dataset.data.split == "train",
+    stream = PairStream(len(dataset), batch_size, rank, world_size, dataset.seed, shuffle=dataset.shuffle,
                         first_position=first_position, micro_steps=micro_steps)
     workers = worker_count(dataset.data.dataloader_num_workers)
     return DataLoader(dataset, batch_sampler=stream, num_workers=workers, pin_memory=pin_memory,

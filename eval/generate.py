@@ -10,7 +10,7 @@ from common.errors import quiet_libraries, run_program
 from common.options import parse
 from common.train_options import ModelOptions
 from eval.options import SD15, SDXL, GenerateOptions, check_generate_options
-from models.family import Family, find_family
+from models.family import Family, find_family, unpacked
 from prompts import read_group
 
 
@@ -18,6 +18,7 @@ def open_base(options: GenerateOptions) -> Family:
     """The family of the base pipeline, with the published VAE where the options name none. Raises UserError; a wrong path
     is refused before diffusers is imported."""
     model = ModelOptions(options.pretrained_model_name_or_path or (SDXL if options.sdxl else SD15), sdxl=options.sdxl)
+    model = unpacked(model)
     kind, index = find_family(model)
     vae = options.pretrained_vae_model_name_or_path
     model.pretrained_vae_model_name_or_path = kind.evaluation_vae if vae is None else None if vae == "base" else vae

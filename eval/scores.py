@@ -1,4 +1,7 @@
-"""The scores file beside a manifest: each image's scores, kept by image content, prompt and metric version. Imports no torch."""
+"""The scores file beside a manifest: each image's scores, kept by image content, prompt and metric version.
+
+Imports no torch.
+"""
 
 import math
 import re

@@ -1,0 +1,1 @@
+"""All that depends on the architecture of the trained network: families, policy and reference, weights, sampling."""

@@ -21,20 +21,25 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from common.errors import UserError, warn
 from models.family import Text
 from common.train_options import ModelOptions
+from models.tokens import MAX_CAPTION_CHARACTERS, tokenize
 from models.weights import from_hub
 
 TURBO_TIMESTEPS = (249, 499, 749, 999)
 REFINER_TIMESTEPS = 200
 REFINER_AESTHETIC_SCORE = 6.0
 ENCODED_AT_ONCE = 8  # images: more are no faster, and at 1024 px their activations take gigabytes
-MAX_CAPTION_CHARACTERS = 20_000  # 77 tokens never reach so far, and tokenizing a whole book takes seconds
 
 
 class StableDiffusion15:
-    name, label, license = "sd15", "SD1.5", "creativeml-openrail-m"
+    name, label, license, flow = "sd15", "SD1.5", "creativeml-openrail-m", False
     backbone, network, pipeline = "unet", UNet2DConditionModel, StableDiffusionPipeline
+    weights_file = "unet.pth"
     resolution, always_checkpoints = 512, False
     images_at_once, evaluation_vae = 8, None
+    steps, guidance, embeds_guidance, empty_prompt = 50, 7.5, False, ""
+    overflows_in_fp16, sequence_length = False, None
+    ignored_options = ("timestep_sampling", "logit_mean", "logit_std", "timestep_shift", "max_sequence_length",
+                       "embedded_guidance")
     pipeline_parts = {"safety_checker": None, "feature_extractor": None}
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     compiled_blocks = (BasicTransformerBlock, ResnetBlock2D)
@@ -104,6 +109,10 @@ class StableDiffusion15:
         self.text_encoders, self.vae = [], None
 
     @property
+    def training_resolution(self) -> int:
+        return self.resolution
+
+    @property
     def latent_factor(self) -> int:
         return 2 ** (len(self.vae_config.get("block_out_channels", (64,))) - 1)
 
@@ -163,6 +172,9 @@ class StableDiffusion15:
             raise UserError(f"{source} has dropout {network.config.dropout}: policy and reference would differ by chance; "
                             "set it to 0 in unet/config.json")
 
+    def without_gradient(self, network: nn.Module) -> list[str]:
+        return []
+
     def times(self, uniform: Tensor) -> Tensor:
         """U{0..T-1}; turbo models have four timesteps."""
         if self.turbo:
@@ -181,7 +193,10 @@ class StableDiffusion15:
     def network_arguments(self, text: Text, size: tuple[int, int]) -> dict:
         return {"encoder_hidden_states": text["embeddings"]}
 
-    def sampler(self, kind: str, steps: int, device: torch.device):
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float, official: bool) -> Tensor:
+        return (conditional if official else unconditional) + scale * (conditional - unconditional)
+
+    def sampler(self, kind: str, steps: int, device: torch.device, size: tuple[int, int] | None = None):
         """"euler", from the base's schedule, or "default" for the pipeline's own."""
         own = self._own_scheduler
         scheduler = (EulerDiscreteScheduler if kind == "euler" else type(own)).from_config(own.config)
@@ -232,10 +247,3 @@ class StableDiffusionXL(StableDiffusion15):
         time_ids = torch.tensor([*size, 0, 0, *last], dtype=torch.float32).to(text["pooled"].device, non_blocking=True)
         return {"encoder_hidden_states": text["embeddings"],
                 "added_cond_kwargs": {"text_embeds": text["pooled"], "time_ids": time_ids.expand(len(text["pooled"]), -1)}}
-
-
-def tokenize(tokenizer, captions: list[str]) -> Tensor:
-    """(N, 77) token ids, padded and truncated."""
-    captions = [caption[:MAX_CAPTION_CHARACTERS] for caption in captions]
-    return tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                     return_tensors="pt").input_ids

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that docs/performance.md leaves to a GPU, measured on this machine: tables in outputs/performance/tables.md.
+# Everything that docs/performance.md leaves to a GPU, measured on this machine: tables in output/performance/tables.md.
 #     bash scripts/benchmark.sh [MODEL ...]      # sd15, sdxl, tiny; default: sd15 and sdxl on a GPU, else tiny
 #     OUTPUT=DIR bash scripts/benchmark.sh       # another folder
 set -euo pipefail
@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$ROOT"
 need_packages
 
-output="${OUTPUT:-outputs/performance}"
+output="${OUTPUT:-output/performance}"
 gpus="$(count_gpus)"
 models=("$@")
 if [ "${#models[@]}" = 0 ]; then

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Rebuild the base model of the shapes world from nothing into shapes/base (under 2 hours on 2 cores).
 #     bash scripts/build_base.sh
-# What an earlier call finished is kept; outputs/base is the build's folder, its log outputs/base/build.log.
+# What an earlier call finished is kept; output/base is the build's folder, its log output/base/build.log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
-output=outputs/base
+output=output/base
 mkdir -p "$output"
 
 train() { # the UNet, on the mixture of good and poor drawings

@@ -8,7 +8,7 @@ need_packages
 [ $# -ge 1 ] || { echo "usage: bash scripts/compare_with.sh REV [CASE ...]" >&2; exit 2; }
 cd "$ROOT"
 commit="$(git rev-parse --verify "$1^{commit}")"; shift
-output="$ROOT/outputs/compare/${commit:0:7}"
+output="$ROOT/output/compare/${commit:0:7}"
 mkdir -p "$output"
 if [ ! -e "$output/tree/train.py" ]; then
   git worktree prune

@@ -6,7 +6,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 make_venv requirements.txt
 cd "$ROOT"
-output="${1:-outputs/quickstart}"
+output="${1:-output/quickstart}"
 mkdir -p "$output"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false  # nothing is downloaded: models and data are made here
 started=$SECONDS

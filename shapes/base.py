@@ -2,9 +2,9 @@
 
 scripts/build_base.sh runs the steps, of which the UNet's training is train.py's own:
 
-    python -m shapes.base prepare --output outputs/base     # pairs, autoencoder, text encoder, untrained UNet
+    python -m shapes.base prepare --output output/base     # pairs, autoencoder, text encoder, untrained UNet
     train.py --train_method sft ...                         # the UNet
-    python -m shapes.base ship --output outputs/base        # float16 weights into shapes/base
+    python -m shapes.base ship --output output/base        # float16 weights into shapes/base
     python -m shapes.base judge                             # what the oracle says of its drawings
 
 The base is trained on a mixture of good and poor drawings under the same captions, as real base models are, so that
@@ -270,7 +270,7 @@ def _attribute_indices(drawing, choices):
 def main() -> None:
     parser = ArgumentParser(description="Prepare, ship and judge the base model that draws shapes.")
     parser.add_argument("step", choices=("prepare", "ship", "judge"))
-    parser.add_argument("--output", type=Path, default=Path("outputs/base"), help="folder of the build")
+    parser.add_argument("--output", type=Path, default=Path("output/base"), help="folder of the build")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_prompts", type=int, default=100, help="seen and unseen prompts, each, to judge")
     args = parser.parse_args()

@@ -112,7 +112,7 @@ def loser_rise(record):
 
 def write_report(settings, rates, instruments: list[Path], minutes: float) -> None:
     """claims.md, claims.html and images/ in the settings' output folder."""
-    from shapes.claims import METHODS, VARIANTS  # the experiment imports this file
+    from shapes.claims_runs import METHODS, VARIANTS  # the experiment imports this file
 
     output = Path(settings.output)
     (output / "images").mkdir(parents=True, exist_ok=True)

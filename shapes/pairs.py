@@ -1,6 +1,6 @@
 """Preference pairs of drawn shapes, in the columns of Pick-a-Pic.
 
-    python -m shapes.pairs --output outputs/pairs --num_pairs 1000 --seed 0
+    python -m shapes.pairs --output output/pairs --num_pairs 1000 --seed 0
 
 The winner is a clean drawing of the caption, the loser a flawed or a wrong one. As in Pick-a-Pic the two come in
 either order, some pairs are undecided (label_0 is 0.5) and the models have names, some of which contain "dream".

@@ -18,7 +18,7 @@ from common.errors import UserError
 
 KINDS = ("sd15", "sdxl")
 SHIPPED = Path(__file__).parent / "base"
-OPENED = Path(__file__).parents[1] / "outputs" / "shapes_base"
+OPENED = Path(__file__).parents[1] / "output" / "shapes_base"
 GUIDANCE_SCALE = 1.5  # where the base's drawings still vary; it draws cleanest at 2
 NOISE_OFFSET = 0.1  # of the base's last training pass; tuning without it moves brightness before anything else
 

@@ -1,6 +1,6 @@
 """Preference pairs for the base model, in Pick-a-Pic's columns.
 
-    python -m shapes.preferences --output outputs/preferences --num_pairs 400 --seed 0
+    python -m shapes.preferences --output output/preferences --num_pairs 400 --seed 0
 
 Half of the pairs are drawn by the base model, four times under one caption: the winner is the drawing that the oracle
 likes best, the loser another of them, and a share of labels is turned round, as human labels are. The other half are

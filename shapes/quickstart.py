@@ -1,7 +1,7 @@
 """The quickstart's two small programs: what goes into training, and what came out of it.
 
-    python -m shapes.quickstart prepare --output outputs/quickstart
-    python -m shapes.quickstart table --output outputs/quickstart plain safeguarded
+    python -m shapes.quickstart prepare --output output/quickstart
+    python -m shapes.quickstart table --output output/quickstart plain safeguarded
 """
 
 import json
@@ -86,7 +86,7 @@ def main() -> None:
     parser = ArgumentParser(description="Prepare the quickstart's data, or tell what its runs learned.")
     parser.add_argument("step", choices=["prepare", "table"])
     parser.add_argument("runs", nargs="*", help="run folders inside --output")
-    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
     parser.add_argument("--num_pairs", type=int, default=160)
     args = parser.parse_args()
     for library in (diffusers, transformers):

@@ -72,7 +72,7 @@ ORACLE_SCALE = 20.0  # turns the oracle's score in [0, 1] into a logit
 
 @dataclass
 class Settings:
-    output: str = field(default="outputs/spo", metadata={"help": "folder for runs and report"})
+    output: str = field(default="output/spo", metadata={"help": "folder for runs and report"})
     base: str | None = field(default=None, metadata={"help": "another pipeline than the shapes world's base"})
     smoke: bool = field(default=False, metadata={"help": "tiny budgets: does everything run?"})
     seconds: float = field(default=90.0, metadata={"help": "processor seconds of training of each run"})

@@ -1,0 +1,1 @@
+"""SPO, step-aware preference optimisation: the online method and its preference model."""

@@ -53,6 +53,10 @@ class Pairs:
     def __getitem__(self, rows) -> "Pairs":
         return Pairs(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
+    def split(self, size: int) -> list["Pairs"]:
+        """Parts of that many pairs, the last one perhaps smaller."""
+        return [self[start:start + size] for start in range(0, len(self), size)]
+
     @staticmethod
     def none(shape: tuple[int, int, int], config: "ResamplerConfig", device: torch.device) -> "Pairs":
         """No pair, in the shapes that a device with pairs has."""

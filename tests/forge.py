@@ -38,6 +38,11 @@ class Launch:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def import_heavy() -> None:
+    for module in HEAVY:
+        importlib.import_module(module)
+
+
 exit_codes: dict[int, int] = {}  # of the last launch's processes that have ended
 
 
@@ -184,8 +189,7 @@ class TinyTraining:
 
 
 def serve() -> None:
-    for module in HEAVY:  # once, for all that are forked from here
-        importlib.import_module(module)
+    import_heavy()  # once, for all that are forked from here
 
     for line in sys.stdin:
         request = json.loads(line)

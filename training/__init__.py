@@ -1,1 +1,1 @@
-"""What train.py is made of: arguments, models, data, noising, checkpoints, logging."""
+"""What train.py is made of: the run, the loop, what a checkpoint keeps, guards, validation, the result."""

@@ -19,6 +19,7 @@ PANELS = [  # title; (scalar, how it is drawn, its name)
     ("margin (logits)", [("margin_mean", "-", "mean"), ("margin_std", ":", "spread")]),
     ("implicit accuracy", [("implicit_acc_accumulated", "-", ""), ("accuracy", "-", "")]),
     ("lambda, the loser's share", [("avg_lose_l_scale", "-", "")]),
+    ("share of SPO's pairs kept", [("spo/kept_share", "-", "")]),
     ("loss", [("train_loss", "-", "")]),
     ("gradient norm", [("grad_norm", "-", "")]),
     ("learning rate", [("lr", "-", "")]),

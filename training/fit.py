@@ -68,6 +68,9 @@ class Task(Protocol):
     def settle(self, step: int, logs: dict[str, float]) -> str | None:
         """After the reduction: count, warn, add to `logs`; what is wrong, where the run has to end after saving."""
 
+    def stepped(self) -> None:
+        """The optimizer has stepped."""
+
     @property
     def resumable(self) -> bool:
         """Whether a checkpoint of now could be continued exactly."""
@@ -159,6 +162,8 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
             finite = guard.settle_together(now.step, logs, task.samples)
             problem = task.settle(now.step, logs)
             take_step(accelerator, optimizer, schedule, finite)
+            if finite:
+                task.stepped()
 
             logs |= {"skipped_steps": float(guard.skipped_steps), "lr": schedule.get_last_lr()[0],
                      "pairs_per_second": throughput(), "peak_memory_gb": peak_memory_gb(run.device)}
@@ -210,5 +215,5 @@ def tracker_config(options: dict[str, Any]) -> dict[str, int | float | str | boo
 
 def shown_in_bar(logs: dict[str, float]) -> dict[str, str]:
     names = {"train_loss": "loss", "implicit_acc_accumulated": "acc", "accuracy": "acc", "avg_lose_l_scale": "lambda",
-             "pairs_per_second": "pairs/s"}
+             "spo/epoch": "epoch", "spo/kept_share": "kept", "pairs_per_second": "pairs/s"}
     return {short: f"{logs[name]:.4g}" for name, short in names.items() if name in logs}

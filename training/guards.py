@@ -138,8 +138,8 @@ class NonfiniteGuard:
 
     def message(self, kept: str) -> str:
         return (f"neither loss nor gradient was finite in {self.in_a_row} steps in a row: {kept}, {self.log.path} has the "
-                "pairs and timesteps. Lower --learning_rate or --beta_dpo, or train in bf16, and continue with "
-                "--allow_changed_resume")
+                "pairs and timesteps. Lower --learning_rate or the objective's beta, or train in bf16, and "
+                "continue with --allow_changed_resume")
 
 
 class BadPairs:

@@ -13,6 +13,7 @@ from common.train_options import OptimizerOptions
 from common.errors import UserError, warn
 
 NOTICEABLE = 1e-3  # of a typical weight
+WARMUP_THEN_DECAY = "warmup_then_decay"  # a schedule beside those of diffusers
 
 
 def effective_learning_rate(options: OptimizerOptions, num_processes: int) -> float:
@@ -62,6 +63,9 @@ def warn_of_tiny_rate(parameters: list, name: str, lr: float, steps: int) -> Non
 
 def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizerOptions, max_steps: int):
     """A schedule that steps once an optimizer step, whatever the number of processes. Raises UserError."""
+    if options.lr_scheduler == WARMUP_THEN_DECAY:
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_then_decay(step, options.lr_warmup_steps, max_steps))
     try:
         if options.lr_scheduler == "piecewise_constant":
             raise ValueError("its rules have no option here")
@@ -69,7 +73,16 @@ def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizerOptions, m
                              num_training_steps=max_steps)
     except ValueError:
         raise UserError(f"--lr_scheduler {options.lr_scheduler} is none of "
-                        f"{', '.join(kind.value for kind in SchedulerType if kind.value != 'piecewise_constant')}") from None
+                        f"{', '.join(kind.value for kind in SchedulerType if kind.value != 'piecewise_constant')}, "
+                        f"{WARMUP_THEN_DECAY}") from None
+
+
+def warmup_then_decay(step: int, warmup_steps: int, max_steps: int) -> float:
+    """Share of the peak rate after `step` optimizer steps: logarithmic warm-up, then linear to 0. DeepSpeed's
+    WarmupDecayLR, whose warm-up is logarithmic unless told otherwise, and SPO's official program does not tell it."""
+    if step < warmup_steps:
+        return math.log(step + 1) / math.log(max(2, warmup_steps))
+    return max(0, max_steps - step) / max(1, max_steps - warmup_steps)
 
 
 def gradient_norm(accelerator: Accelerator, model, options: OptimizerOptions):

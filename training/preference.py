@@ -1,7 +1,6 @@
 """Learning from preference pairs: every offline objective, with or without the safeguard, and training on winners."""
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 
 import datasets
@@ -15,70 +14,54 @@ from data.cached import CachedDataset, check_cache
 from data.contradictions import contradictions
 from data.images import scale_pixels
 from data.labels import ai_feedback_labels
-from data.pairs import PairDataset, make_loader
+from data.pairs import PairDataset
 from data.table import PairTable, choose_pairs, content_digest, load_table
 from losses import LossConfig, kto_reference_point, preference_loss
 from models.family import Family, Text
-from models.policy import Policy, load_policy
+from models.policy import MovingReference, Policy, load_policy
 from training.fit import StepLoss
-from training.guards import BadPairs, Watch
+from training.guards import Watch
 from training.optimizers import effective_learning_rate
 from training.parameter_space import check_whole_gradients, parameter_space_loss
 from training.run import Run
-from training.state import LoraWeights, WholeWeights
+from training.state import LoraWeights, WeightsAndReference, WholeWeights, sharded
+from training.stored_pairs import StoredPairs
 from training.validation import Validation
 
 
-class PreferenceTask:
+class PreferenceTask(StoredPairs):
     """Offline preference optimisation. See training.fit.Task for what each method is for."""
-
-    resumable = True
 
     def __init__(self, run: Run, family: Family, policy: Policy, pairs: PairTable, cache: CachedDataset | None = None):
         options = run.options
-        self.run, self.family, self.policy, self.pairs, self.cache = run, family, policy, pairs, cache
+        size = (options.data.resolution, options.data.resolution)
+        dataset = PairDataset(pairs, options.data, run.seed, family.latent_shape(*size), family.tokenize, cache,
+                              winners_only=options.objective.winners_only)
+        super().__init__(run, dataset, max_steps=(
+            options.optimizer.max_train_steps
+            or math.ceil(options.optimizer.num_train_epochs * len(pairs) / run.pairs_per_step)))
+        self.family, self.policy, self.pairs, self.cache, self.size = family, policy, pairs, cache, size
         self.name, self.trained = options.objective.train_method, policy.network
-        self.weights = LoraWeights(family) if policy.lora else WholeWeights()
-        self.size = (options.data.resolution, options.data.resolution)
+        decay = options.objective.reference_ema
+        self.moving = MovingReference(policy, decay) if decay is not None and policy.reference is not None else None
+        self.weights = (LoraWeights(family) if policy.lora else WholeWeights(family.weights_file) if self.moving is None
+                        else WeightsAndReference(family.weights_file, self.moving))
+        if self.moving and sharded(run.accelerator):
+            raise UserError("--reference_ema needs whole weights on every device: train with DDP")
         self.config = loss_config(options.objective, family.name)
-        self.dataset = PairDataset(pairs, options.data, run.seed, family.latent_shape(*self.size), family.tokenize, cache,
-                                   winners_only=options.objective.winners_only)
-        self.digest = pairs.digest()  # once: it reads every caption
-        self.max_steps = (options.optimizer.max_train_steps
-                          or math.ceil(options.optimizer.num_train_epochs * len(pairs) / run.pairs_per_step))
         self.watch = Watch(options.run.watch_winner_rise, options.run.watch_margin, options.objective.use_winner_preserving)
         self.validation = Validation(run, family, policy)
-        self.results: list[tuple[Tensor, Tensor, Tensor | None]] = []  # of a step's micro-batches: times, loss, margin
         if options.objective.safeguards_parameters:
             check_whole_gradients(run.accelerator)
         if run.pairs_per_step > len(pairs):
             warn(f"a step takes {run.pairs_per_step} pairs, and there are {len(pairs)}: lower --gradient_accumulation_steps "
                  "or --train_batch_size")
 
-    # --- what a checkpoint keeps -----------------------------------------------------------------------------------------
-
-    def restore(self, record: dict, first_step: int) -> None:
-        if record.get("data", self.digest) != self.digest and not self.run.options.run.allow_changed_resume:
-            raise UserError(f"{self.run.options.data.source} has changed since the checkpoint was made (other pairs, or other "
-                            "labels): go back to it, choose another --output_dir, or add --allow_changed_resume")
-        self.bad = BadPairs(self.run, self.dataset, record, first_step * self.run.pairs_per_step)
-
-    def record(self, steps_back: int = 0) -> dict:
-        return self.bad.record(steps_back) | {"data": self.digest}
-
     # --- a step ----------------------------------------------------------------------------------------------------------
 
-    def batches(self, first_step: int) -> Iterator[tuple[int, Iterable[dict[str, Tensor]]]]:
-        optimizer, accelerator = self.run.options.optimizer, self.run.accelerator
-        count, steps = optimizer.gradient_accumulation_steps, self.max_steps - first_step
-        loader = iter(make_loader(self.dataset, optimizer.train_batch_size, accelerator.process_index,
-                                  accelerator.num_processes, self.bad.pairs_seen, steps * count,
-                                  pin_memory=self.run.device.type == "cuda"))
-        for _ in range(steps):
-            yield count, (self.to_device(self.bad.receive(next(loader))) for _ in range(count))
-
-    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.run.device, non_blocking=True) for name, tensor in batch.items()}
+    def stepped(self) -> None:
+        if self.moving:
+            self.moving.update()
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> StepLoss:
         accelerator, family = self.run.accelerator, self.family
@@ -93,7 +76,7 @@ class PreferenceTask:
             trainable = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
             loss, result = parameter_space_loss(accelerator, trainable, model_pred, ref_pred, target, self.config)
         else:
-            result = preference_loss(model_pred, ref_pred, target, self.config,
+            result = preference_loss(model_pred, ref_pred, target, self.config, self.run.options.objective.fixed_lambda,
                                      kto_z=lambda gain: kto_reference_point(accelerator.gather(gain)),
                                      liked=batch.get("liked"))
             loss = result.loss
@@ -120,34 +103,10 @@ class PreferenceTask:
 
     # --- after a step ----------------------------------------------------------------------------------------------------
 
-    def flags(self) -> dict[str, float]:
-        return self.bad.flags()
-
     def settle(self, step: int, logs: dict[str, float]) -> str | None:
-        self.results = []
         for warning in self.watch(step, logs):
             self.run.warn(warning)
-        self.bad.settle_together(logs)
-        logs |= {"pairs_seen": float(self.bad.pairs_seen), "epoch": self.bad.pairs_seen / len(self.pairs)}
-        return self.bad.message() if self.bad.too_many else None
-
-    def samples(self, logs: dict[str, float]) -> list[dict]:
-        """Pairs whose margin is not finite; else those of micro-batches whose loss is not; else all of them, if every
-        process's loss is finite and the gradient is not."""
-        everything, bad_batches, bad_pairs = [], [], []
-        for places, (times, loss, margins) in zip(self.bad.places, self.results):
-            margins = [None] * len(places) if margins is None else margins.tolist()
-            for (position, index, passed_over), time, margin in zip(places, times.tolist(), margins):
-                pair = {"position": position, "row": self.dataset.row(index + passed_over), "timestep": time,
-                        "loss": str(float(loss)), "margin": str(margin)}
-                everything.append(pair)
-                if not loss.isfinite():
-                    bad_batches.append(pair)
-                    if margin is not None and not math.isfinite(margin):
-                        bad_pairs.append(pair)
-        if not math.isfinite(logs["train_loss"]):
-            everything = []  # then another process has the pair
-        return bad_pairs or bad_batches or everything
+        return super().settle(step, logs)
 
     def validate(self, step: int) -> None:
         self.validation(step)
@@ -160,6 +119,8 @@ class PreferenceTask:
         if objective.use_winner_preserving:
             safeguard = (f"mu {objective.winner_preserving_mu:g}{options.origin('winner_preserving_mu')}, one lambda per "
                          f"{objective.winner_preserving_granularity}, {objective.winner_preserving_space} space")
+        elif objective.fixed_lambda is not None:
+            safeguard += f", fixed lambda {objective.fixed_lambda:g}"
         beta = f", beta {objective.beta_dpo:g}{options.origin('beta_dpo')}" if self.name in WITH_BETA else ""
         reference = "none" if not objective.needs_reference else "policy without adapter" if self.policy.lora else "frozen copy"
         lr = effective_learning_rate(optimizer, run.accelerator.num_processes)
@@ -168,7 +129,7 @@ class PreferenceTask:
             "base": f"{options.model.pretrained_model_name_or_path} ({self.family.label}, {options.data.resolution} px)"
                     + (f", weights of {options.model.unet_init}" if options.model.unet_init else ""),
             "policy": f"LoRA rank {options.model.lora_rank}" if self.policy.lora else "whole network, float32 weights",
-            "reference": reference,
+            "reference": reference + (f", moving average of decay {objective.reference_ema:g}" if self.moving else ""),
             "precision": f"{options.memory.mixed_precision}, errors in float32",
             "pairs": "; ".join([f"{len(self.pairs)} of {options.data.source or options.data.cached_dataset}",
                                 f"read as {self.pairs.layout}", *self.pairs.notes]

@@ -20,9 +20,11 @@ from models.devices import COMPUTE_DTYPES, raise_together, start_accelerator
 from training.checkpoints import PROGRESS, list_checkpoints, read_progress
 
 RUN_FILE = "run.json"
+RESULTS = ("unet.pth", "pytorch_lora_weights.safetensors")
 # What a run leaves in output_dir, besides the pipeline around its network, which the next result replaces whole.
 RUN_OUTPUTS = ("checkpoint-*", RUN_FILE, "metrics.jsonl", "bad_data.jsonl", "nonfinite.jsonl", "unet.pth",
-               "pytorch_lora_weights.safetensors", "validation", "logs", "train.log", "curves.png")
+               "pytorch_lora_weights.safetensors", "step-aware_preference_model.bin", "accuracy.json", "validation", "logs",
+               "train.log", "curves.png")
 
 
 @dataclass
@@ -105,16 +107,21 @@ def start_run(options: TrainOptions, stop: StopSignal) -> Run:
 # --- the folder --------------------------------------------------------------------------------------------------------
 
 def changed_settings(before: dict, now: dict) -> list[str]:
-    """What differs between the settings of a run and of its continuation; a setting that only one of them knows (of
-    another version) counts as unchanged."""
-    return [f"{name} was {before[name]!r}, is {now[name]!r}" for name in sorted(before.keys() & now.keys())
-            if before[name] != now[name]]
+    """What differs between the settings of a run and of its continuation. A setting that only one of them knows (of another
+    version) counts as unchanged, and so does what an earlier version left open: the optimizer "auto", and the mu of a
+    safeguard that is off."""
+    known = before.keys() & now.keys()
+    if before.get("optimizer") == "auto":
+        known -= {"optimizer"}
+    if not before.get("use_winner_preserving") and not now.get("use_winner_preserving"):
+        known -= {"winner_preserving_mu"}
+    return [f"{name} was {before[name]!r}, is {now[name]!r}" for name in sorted(known) if before[name] != now[name]]
 
 
 def settings_of_run(output_dir: Path) -> dict | None:
     """The settings that the run in output_dir was made with; None where there is none, or its record is damaged."""
     checkpoints = list_checkpoints(output_dir)
-    if not checkpoints and not (output_dir / "unet.pth").is_file():
+    if not checkpoints and not any((output_dir / name).is_file() for name in RESULTS):
         return None
     try:
         settings = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))

@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils import load as load_plain
+from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.errors import UserError, first_line
@@ -20,40 +21,67 @@ from common.files import make_readable, write_text
 from models.devices import writing
 from models.family import Family
 from models.networks import LORA_FILE
+from models.policy import MovingReference
 from models.weights import load_strictly, read_state_dict
 from training.checkpoints import (PROGRESS, choose_checkpoint, list_checkpoints, put_in_place, read_progress,
                                   remove_leftovers, remove_older, step_of, write_manifest)
 from training.run import Run, changed_settings, set_aside
+
+REFERENCE_FILE = "reference.pth"
 
 
 # --- the trained weights -----------------------------------------------------------------------------------------------
 
 @dataclass
 class WholeWeights:
-    """All weights, as a float32 state dict in one torch file."""
+    """All weights, as a float32 state dict in one file."""
 
-    name: str = "unet.pth"
+    name: str = "unet.pth"  # the family's weights_file
 
     def save(self, accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
         """Written by the main process; every process must call this."""
         state = whole_state(accelerator, model)
         if accelerator.is_main_process:
-            torch.save(state, folder / self.name)
+            if self.name.endswith(".safetensors"):
+                save_file(state, folder / self.name)
+                make_readable(folder)
+            else:
+                torch.save(state, folder / self.name)
 
     def load(self, network: nn.Module, folder: Path) -> None:
         load_strictly(network, read_state_dict(folder / self.name), folder)
 
 
 @dataclass
+class WeightsAndReference(WholeWeights):
+    """All weights, and the reference where it moves."""
+
+    reference: MovingReference | None = None
+
+    def save(self, accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
+        super().save(accelerator, model, folder)
+        if accelerator.is_main_process:
+            torch.save({name: value.cpu() for name, value in self.reference.average.items()}, folder / REFERENCE_FILE)
+
+    def load(self, network: nn.Module, folder: Path) -> None:
+        super().load(network, folder)
+        self.reference.load(read_state_dict(folder / REFERENCE_FILE))
+
+
+@dataclass
 class LoraWeights:
-    """The adapter alone, in diffusers' format."""
+    """The adapter alone, in diffusers' format, with its alpha: without one it would be read as the rank."""
 
     family: Family
 
     def save(self, accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
         if accelerator.is_main_process:
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(accelerator.unwrap_model(model)))
-            self.family.pipeline.save_lora_weights(folder, **{f"{self.family.backbone}_lora_layers": layers})
+            network, backbone = accelerator.unwrap_model(model), self.family.backbone
+            layers = get_peft_model_state_dict(network)
+            if backbone == "unet":  # it renames a transformer's in part, and diffusers then reads some of them
+                layers = convert_state_dict_to_diffusers(layers)
+            self.family.pipeline.save_lora_weights(folder, **{f"{backbone}_lora_layers": layers},
+                                                   **_collate_lora_metadata({backbone: network}))
             make_readable(folder)
 
     def load(self, network: nn.Module, folder: Path) -> None:
@@ -183,16 +211,18 @@ def load_checkpoint(run: Run, schedule, folder: Path) -> int:
 def refuse_pickles(run: Run, folder: Path) -> None:
     """Refuse what would run code when loaded. Raises UserError.
 
-    accelerate unpickles the states of registered objects, and so do the sharded formats of torch and DeepSpeed: the
-    former are tried without running anything, the latter are taken from the run's own folder alone. It would skip random
-    states without a word when they cannot be loaded.
+    The sharded formats of torch and DeepSpeed are unpickled: they are taken from the run's own folder alone. accelerate
+    would skip random states without a word when they cannot be loaded, and unpickle registered objects, which no run has.
     """
+    if any(folder.glob("custom_checkpoint_*.pkl")):
+        raise UserError(f"{folder} is of an earlier version of SPO here, whose progress is not read any more: finish it with that "
+                        "version, or start anew with --resume_from_checkpoint none")
     states = folder / f"random_states_{run.accelerator.process_index}.pkl"
-    for path in [*sorted(folder.glob("custom_checkpoint_*.pkl")), *([states] if states.is_file() else [])]:
+    if states.is_file():
         try:
-            load_plain(path, map_location="cpu")  # torch.load with weights_only, and what random states are made of
+            load_plain(states, map_location="cpu")  # torch.load with weights_only, and what random states are made of
         except Exception:  # whatever a damaged file makes torch stumble over
-            raise UserError(f"{path} is damaged or asks to run code when loaded: it was refused, nothing in it was "
+            raise UserError(f"{states} is damaged or asks to run code when loaded: it was refused, nothing in it was "
                             "executed") from None
     if sharded(run.accelerator) and folder.resolve().parent != run.output_dir.resolve():
         raise UserError(f"{folder} is a sharded checkpoint, a format that can run code when loaded: if you trust it, "

@@ -84,9 +84,9 @@ def metric_settings(name: str, config: dict | str | os.PathLike | None = None) -
 def metric_version(name: str, config: dict | str | os.PathLike | None = None) -> str:
     """What a kept score depends on besides image and prompt: the metric's revision and its settings, files by content."""
     name, settings = canonical_name(name), metric_settings(name, config)
-    told = [f"{key}={'sha256:' + fingerprint(value) if isinstance(value, str) and Path(value).exists() else value}"
+    parts = [f"{key}={'sha256:' + fingerprint(value) if isinstance(value, str) and Path(value).exists() else value}"
             for key, value in sorted(settings.items())]
-    return " ".join([f"{name} {METRICS[name].revision}", *told])
+    return " ".join([f"{name} {METRICS[name].revision}", *parts])
 
 
 def load_metric(name: str, device: str = "cpu", config: dict | str | os.PathLike | None = None) -> "Metric":

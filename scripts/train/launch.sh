@@ -17,7 +17,7 @@ launch=(--config_file "${ACCELERATE_CONFIG:-$ROOT/configs/accelerate/$config.yam
                                        --main_process_ip "${MAIN_ADDRESS:?the address of machine 0}")
 [ -n "${MAIN_PORT:-}" ] && launch+=(--main_process_port "$MAIN_PORT")
 
-# The published effective batch of 2048 pairs on any number of processes: batch 8, so 256 / processes accumulated.
+# Presets that accumulate 32 batches of 8 are for 8 devices, 2048 pairs per step: on any number, 256 / processes.
 accumulation=()
 accumulates() { # whether these words, or a yaml file among them, say how much
   local word
@@ -29,7 +29,7 @@ accumulates() { # whether these words, or a yaml file among them, say how much
   done
   return 1
 }
-if [[ "$preset" != *_spo && "$preset" != spm_* ]] && ! accumulates "$@"; then
+if grep -q '^gradient_accumulation_steps: 32' "$ROOT/configs/train/$preset.yaml" && ! accumulates "$@"; then
   accumulation=(--gradient_accumulation_steps "$(( 256 / processes > 0 ? 256 / processes : 1 ))")
 fi
 

@@ -1,21 +1,26 @@
 """Pick-a-Pic pairs for the step-aware preference model: both images in their own order, with a soft label."""
 
+import math
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import functional as F
 
-from common.train_options import warn
-from data.bad_pairs import BadPair, decode_images, read_caption, read_row
-from data.pairs import MAX_PASSED_OVER, column_values
-from data.draws import draw_pair
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, warn
+from common.train_options import DataOptions
+from data.bad_pairs import decode_images, read_caption, read_row
+from data.draws import PairDraw
 from data.images import scale_pixels
+from data.pairs import PairDataset
+from data.table import PairTable, column_values, load_table
+from spo.preference_model.options import PICKAPIC_VALIDATION
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0")
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 500  # of the prompts of data without a validation split; Pick-a-Pic's has 500 pairs
 
 
 def clip_square(image: Image.Image, size: int) -> Tensor:
@@ -25,85 +30,108 @@ def clip_square(image: Image.Image, size: int) -> Tensor:
     return F.pil_to_tensor(F.crop(image, (image.height - size) // 2, (image.width - size) // 2, size, size))
 
 
-class LabelledPairs(Dataset):
-    """(position, index) -> one pair as tensors; ties stay in.
+def check_columns(table: datasets.Dataset, caption_column: str, source: str) -> None:
+    missing = [name for name in (*COLUMNS, caption_column) if name not in table.column_names]
+    if missing:
+        raise UserError(f"{source} lacks {', '.join(missing)}; it has {', '.join(table.column_names)}. Pairs need caption, "
+                        "jpg_0, jpg_1 and label_0")
 
-    A pair that cannot be used is replaced by the next one that can; timestep and noises belong to the position and
-    stay. passed_over (): how many were.
+
+class LabelledPairs(PairDataset):
+    """(position, index) -> one pair as tensors; ties stay in. A pair that cannot be used is replaced as PairDataset does it.
 
     pixel_values (2, 3, H, W) in [-1, 1], image 0 first: what is noised, and looked at as it is for the accuracy at t = 0.
     With judge_size also judged (2, 3, judge_size, judge_size) uint8, cut from the original for PickScore, which relabels.
     Both by CLIP's bicubic (clip_square), as the official pick_a_pic_spm_dataset.py and spm_task.py have it.
     label_0 () the probability that image 0 is preferred; weight () 1 / number of the prompt's pairs; caption; timestep ()
-    in [0, 1), noise (C, h, w) and vae_noise (2, C, h, w), which follow from (seed, position). Raises UserError for missing columns, odd labels, or when no row has a label.
+    in [0, 1), noise (C, h, w) and vae_noise (2, C, h, w), which follow from (seed, position); position, index, passed_over.
     """
 
-    def __init__(self, table: datasets.Dataset, caption_column: str, resolution: int,
-                 latent_shape: tuple[int, int, int], seed: int, source: str, judge_size: int | None = None):
-        missing = [name for name in (*COLUMNS, caption_column) if name not in table.column_names]
-        if missing:
-            raise UserError(f"{source} lacks {', '.join(missing)}; it has {', '.join(table.column_names)}. Pairs need "
-                            "caption, jpg_0, jpg_1 and label_0")
-        self.table, self.caption_column, self.resolution = table, caption_column, resolution
-        self.latent_shape, self.seed, self.judge_size = latent_shape, seed, judge_size
+    shuffle = True
+
+    def __init__(self, table: datasets.Dataset, data: DataOptions, latent_shape: tuple[int, int, int], seed: int, source: str,
+                 rows: np.ndarray | None = None, judge_size: int | None = None):
+        """rows: those of the table that are meant (None: all). Raises UserError for missing columns, odd labels, or when no
+        row has a label."""
+        check_columns(table, data.caption_column, source)
+        rows = np.arange(len(table)) if rows is None else rows
         try:
-            labels = np.array([np.nan if label is None else label for label in column_values(table, "label_0")],
+            labels = np.array([np.nan if label is None else label for label in column_values(table, "label_0")[rows]],
                               dtype=float)
         except (TypeError, ValueError) as error:
             raise UserError(f"{source}: label_0 must be 0, 0.5 or 1 ({first_line(error)})") from None
-        self.index = np.flatnonzero(~np.isnan(labels))
-        self.labels = labels[self.index]
-        if len(self.index) < len(labels):
-            warn(f"{len(labels) - len(self.index)} of {len(labels)} pairs of {source} have no label and are dropped")
+        labelled = ~np.isnan(labels)
+        index, self.labels = rows[labelled], labels[labelled]
+        if len(index) < len(rows):
+            warn(f"{len(rows) - len(index)} of {len(rows)} pairs of {source} have no label and are dropped")
         odd = np.flatnonzero(~np.isin(self.labels, (0.0, 0.5, 1.0)))
         if len(odd):
-            raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, but row {self.index[odd[0]]} has {self.labels[odd[0]]}")
-        if len(self.index) == 0:
+            raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, but row {index[odd[0]]} has {self.labels[odd[0]]}")
+        if len(index) == 0:
             raise UserError(f"{source} holds no labelled pair")
+        # first_wins has the soft labels here, so that the digest of the pairs knows them.
+        pairs = PairTable(table, index, self.labels, data.caption_column, ["jpg_0", "jpg_1"], notes=[])
+        super().__init__(pairs, data, seed, latent_shape, tokenize=None)
+        self.judge_size = judge_size
         self.weights = 1.0 / self._pairs_of_each_prompt()
 
     def _pairs_of_each_prompt(self) -> np.ndarray:
         """Pick-a-Pic's own count (its published splits leave pairs out), else the rows that share the caption."""
-        if "num_example_per_prompt" in self.table.column_names:
-            counts = column_values(self.table, "num_example_per_prompt")[self.index].astype(float)
+        table, index = self.pairs.rows, self.pairs.index
+        if "num_example_per_prompt" in table.column_names:
+            counts = column_values(table, "num_example_per_prompt")[index].astype(float)
             return np.nan_to_num(counts, nan=1.0).clip(min=1)
-        _, inverse, counts = np.unique(column_values(self.table, self.caption_column)[self.index].astype(str),
+        _, inverse, counts = np.unique(column_values(table, self.pairs.caption_column)[index].astype(str),
                                        return_inverse=True, return_counts=True)
         return counts[inverse].astype(float)
 
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, place: tuple[int, int]) -> dict:
-        """Raises UserError after MAX_PASSED_OVER pairs in a row that cannot be used."""
-        position, index = place
-        draw = draw_pair(self.seed, position, self.latent_shape)
-        for passed_over in range(min(len(self), MAX_PASSED_OVER)):
-            try:
-                pair = self.read((index + passed_over) % len(self))
-            except BadPair as error:
-                last = error
-                continue
-            return pair | {
-                "timestep": torch.tensor(draw.timestep, dtype=torch.float64),
-                "noise": draw.noise,
-                "vae_noise": draw.vae_noise,
-                "passed_over": torch.tensor(passed_over),
-            }
-        raise UserError(f"{passed_over + 1} pairs in a row cannot be used, from row {self.index[index]} on; the last "
-                        f"one's {last}. python -m data.check looks through all of them")
-
-    def read(self, index: int) -> dict:
+    def read(self, index: int, draw: PairDraw) -> dict:
         """A pair's images, caption, label and weight. Raises BadPair."""
-        row = read_row(self.table, int(self.index[index]))
-        caption = read_caption(row, self.caption_column)
-        images = decode_images(row, ["jpg_0", "jpg_1"])
+        row = read_row(self.pairs.rows, self.row(index))
+        caption = read_caption(row, self.pairs.caption_column)
+        images = decode_images(row, self.pairs.image_columns)
+        resolution = self.data.resolution
         pair = {
-            "pixel_values": torch.stack([scale_pixels(clip_square(image, self.resolution)) for image in images]),
+            "pixel_values": torch.stack([scale_pixels(clip_square(image, resolution)) for image in images]),
             "label_0": torch.tensor(self.labels[index], dtype=torch.float32),
             "weight": torch.tensor(self.weights[index], dtype=torch.float32),
             "caption": caption,
+            "vae_noise": draw.vae_noise,
         }
         if self.judge_size:
             pair["judged"] = torch.stack([clip_square(image, self.judge_size) for image in images])
         return pair
+
+
+def load_pairs(data: DataOptions, split: str, latent_shape: tuple[int, int, int], seed: int, cache_dir: str | None,
+               ) -> tuple[LabelledPairs, LabelledPairs | None]:
+    """Pairs to train on and to validate on, of the split (None for "none"). Local data without Pick-a-Pic's validation split
+    is validated on pairs held out of those to train on. Raises UserError."""
+    table, source = load_table(data, cache_dir), data.source
+    check_columns(table, data.caption_column, source)
+    validation = rows = held_out = None
+    if split != "none":
+        try:
+            validation = load_table(replace(data, split=split), cache_dir)
+        except UserError:
+            if split != PICKAPIC_VALIDATION or not data.is_local:
+                raise
+            validation = table
+            rows, held_out = hold_out(table, data.caption_column, seed)
+            warn(f"{source} has no split '{split}': {len(held_out)} of its {len(table)} pairs are held out of training to "
+                 "validate on (choose a split with --validation_split, or 'none')")
+    pairs = LabelledPairs(table, data, latent_shape, seed, source, rows)
+    if validation is not None and (held_out is None or len(held_out)):
+        validation = LabelledPairs(validation, data, latent_shape, seed, f"{source} ({split})", held_out)
+    else:
+        validation = None
+    return pairs, validation
+
+
+def hold_out(table: datasets.Dataset, caption_column: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows to train on and those to validate on: all pairs of some prompts, chosen by the seed."""
+    _, prompt = np.unique(column_values(table, caption_column).astype(str), return_inverse=True)
+    order = np.random.default_rng([seed, 6]).permutation(prompt.max() + 1)
+    number = min(math.ceil(HELD_OUT_SHARE * len(order)), MOST_HELD_OUT, len(order) - 1)
+    held_out = np.isin(prompt, order[:number])
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -1,12 +1,12 @@
-"""Small metric models and runs that the evaluation's tests share."""
+"""Small metric models, runs and images that the evaluation's tests share."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 
 STEM = "own_seed0_64x64_3s_7.5cfg"
@@ -20,6 +20,29 @@ def metrics_config(tmp_path_factory) -> Path:
     return write_tiny_metrics(tmp_path_factory.mktemp("metrics"), image_size=64, patch_size=16)
 
 
+@pytest.fixture(scope="session")
+def load_once(metrics_config):
+    """load_metric that loads each of these models once a session."""
+    from eval.metrics import load_metric, read_config
+    ours, loaded = read_config(metrics_config), {}
+
+    def load(name: str, device: str = "cpu", config: dict | Path | None = None):
+        config = config if isinstance(config, dict) else read_config(config)
+        if config.get(name) != ours.get(name):
+            return load_metric(name, device, config)
+        if name not in loaded:
+            loaded[name] = load_metric(name, device, config)
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture
+def shared_metrics(load_once, monkeypatch):
+    """Scoring takes its models from load_once."""
+    monkeypatch.setattr("eval.scoring.load_metric", load_once)
+
+
 @pytest.fixture
 def prompt_file(tmp_path) -> Path:
     """A prompt group named `own` of five prompts."""
@@ -28,22 +51,35 @@ def prompt_file(tmp_path) -> Path:
     return path
 
 
-@pytest.fixture
-def sd15_run(tiny_sd15, tmp_path) -> Path:
-    return write_run(tiny_sd15, tmp_path / "run")
+@pytest.fixture(scope="session")
+def weights(tiny_sd15, tiny_sdxl, tmp_path_factory) -> dict[str, Path]:
+    """unet.pth of each kind, as training leaves it."""
+    from safetensors.torch import load_file
+    folder, files = tmp_path_factory.mktemp("weights"), {}
+    for kind, base in (("sd15", tiny_sd15), ("sdxl", tiny_sdxl)):
+        files[kind] = folder / f"{kind}.pth"
+        torch.save(load_file(base / "unet" / "diffusion_pytorch_model.safetensors"), files[kind])
+    return files
 
 
 @pytest.fixture
-def sdxl_run(tiny_sdxl, tmp_path) -> Path:
-    return write_run(tiny_sdxl, tmp_path / "run")
+def run_of(weights, tmp_path):
+    """run_of(kind): unet.pth in the folder of a run."""
+    def copy(kind: str) -> Path:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        return Path(shutil.copy(weights[kind], folder / "unet.pth"))
+    return copy
 
 
-def write_run(pipeline: Path, folder: Path) -> Path:
-    """unet.pth as training leaves it; returns its path."""
-    folder.mkdir()
-    unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")
-    torch.save(unet.state_dict(), folder / "unet.pth")
-    return folder / "unet.pth"
+@pytest.fixture
+def sd15_run(run_of) -> Path:
+    return run_of("sd15")
+
+
+@pytest.fixture
+def sdxl_run(run_of) -> Path:
+    return run_of("sdxl")
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ import re
 
 import pytest
 
+from common.errors import UserError
 from eval import compare
 from eval.compare import new_folder, pair_up
 from eval.report import write_report
-from common.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("shared_metrics")
 
 PROMPTS = ["a red cat", "a dog", "a dog", "naïve 東京", "<b>bold</b>", "z last"]
 METRICS = ["pickscore", "hpsv2", "aesthetics", "clip", "imagereward"]
@@ -52,9 +54,9 @@ def test_tables_agree_with_per_image_scores(manifests, metrics_config, tmp_path,
         wins_a = sum(a > b for _, a, b in expected)
         wins_b = sum(a < b for _, a, b in expected)
         ties = 6 - wins_a - wins_b
-        for told in (row, pair_file):
-            assert (told["wins_a"], told["wins_b"], told["ties"], told["total_pairs"]) == (wins_a, wins_b, ties, 6)
-            assert told["win_rate_a_over_b"] == (wins_a + ties / 2) / 6
+        for found in (row, pair_file):
+            assert (found["wins_a"], found["wins_b"], found["ties"], found["total_pairs"]) == (wins_a, wins_b, ties, 6)
+            assert found["win_rate_a_over_b"] == (wins_a + ties / 2) / 6
         assert pair_file["mean_score_a"] == row["mean_a"] == pytest.approx(sum(a for _, a, _ in expected) / 6)
         assert {r["winner"] for r in pair_file["results"]} <= {"A one", "B/two", "tie"}
         assert row["win_rate_ci95"][0] <= row["win_rate_a_over_b"] <= row["win_rate_ci95"][1]
@@ -90,7 +92,7 @@ def test_a_model_against_itself_ties(make_manifest, metrics_config, tmp_path):
 
 def test_kept_scores_are_reused(manifests, metrics_config, tmp_path, monkeypatch):
     run(*manifests, metrics_config, tmp_path / "vs", "--metrics", "clip")
-    monkeypatch.setattr("eval.score.load_metric", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr("eval.scoring.load_metric", lambda *_: pytest.fail("scored again"))
     code, _, _ = run(*manifests, metrics_config, tmp_path / "vs", "--metrics", "clip")
     assert code == 0
 
@@ -102,7 +104,7 @@ def test_pairing():
         pair_up(["a"], ["b"], "prompt")
 
 
-def test_partial_overlap_is_told(make_manifest, metrics_config, tmp_path, capsys):
+def test_partial_overlap_is_reported(make_manifest, metrics_config, tmp_path, capsys):
     a, b = make_manifest("a", PROMPTS), make_manifest("b", PROMPTS[:2] + ["only in b"])
     _, _, summary = run(a, b, metrics_config, tmp_path / "vs", "--metrics", "clip")
     assert summary["pairing"] == {"by": "prompt", "pairs": 2, "left_out_for_missing_images": 0,
@@ -136,12 +138,12 @@ def test_missing_images(manifests, metrics_config, tmp_path):
     assert summary["pairing"]["left_out_for_missing_images"] == 1 and summary["metrics"][0]["total_pairs"] == 5
 
 
-@pytest.mark.parametrize("labels, told", [
+@pytest.mark.parametrize("labels, said", [
     (("same", "same"), "two different names"), (("tie", "B"), "two different names"), (("", "B"), "two different names"),
     (("A", "\udcff"), "must be UTF-8"),
 ])
-def test_bad_labels(labels, told, manifests, metrics_config, tmp_path):
-    with pytest.raises(UserError, match=told):
+def test_bad_labels(labels, said, manifests, metrics_config, tmp_path):
+    with pytest.raises(UserError, match=said):
         run(*manifests, metrics_config, tmp_path / "vs", labels=labels)
 
 
@@ -150,8 +152,8 @@ def test_long_labels_are_shortened_in_the_folders_name(tmp_path):
     assert folder.is_dir() and folder.name.startswith("東" * 26 + "_vs_" + "b" * 80 + "_")
 
 
-def test_an_outdir_that_is_a_file_is_told_before_scoring(manifests, metrics_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "score_manifests", lambda *_: pytest.fail("scored"))
+def test_an_outdir_that_is_a_file_is_reported_before_scoring(manifests, metrics_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.scoring.score_manifests", lambda *_: pytest.fail("scored"))
     (tmp_path / "vs").write_text("")
     with pytest.raises(UserError, match="--outdir: the folder .*vs cannot be made"):
         run(*manifests, metrics_config, tmp_path / "vs")

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from eval.compare import Arguments, compare_metric, summarise
-from common.files import write_json
-from eval.report import write_report
-from eval.score import ScoredImage
 from common.errors import UserError
+from common.files import write_json
+from eval.compare import compare_metric, summarise
+from eval.options import CompareOptions
+from eval.report import write_report
+from eval.scores import ScoredImage
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<img src=x onerror=\"document.title='executed'\"><script>document.title='executed'</script> & </script>"
@@ -39,8 +40,8 @@ def write_comparison(folder: Path, pairs: int = PAIRS) -> Path:
     compared = {metric: compare_metric(metric, paired, "Model A", "B <b>", "half") for metric in ("pickscore", "clip")}
     for metric, (pair_file, _) in compared.items():
         write_json(folder / f"pair_{metric}.json", pair_file)
-    args = Arguments(json_a="a", json_b="b", label_a="Model A", label_b="B <b>")
-    write_json(folder / "summary.json", summarise([row for _, row in compared.values()], args, {
+    options = CompareOptions("a", "b", "Model A", "B <b>")
+    write_json(folder / "summary.json", summarise([row for _, row in compared.values()], options, {
         "by": "prompt", "pairs": pairs, "left_out_for_missing_images": 0, "images_without_partner_a": 0,
         "images_without_partner_b": 0}))
     return folder

@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import score
-from eval.metrics import load_metric
 from common.errors import UserError
+from eval import score, scores, scoring
+from eval.metrics import METRICS
+
+pytestmark = pytest.mark.usefixtures("shared_metrics")
 
 PROMPTS = ["a red cat", "a dog", "a dog", "naïve 東京", "a house"]
 
@@ -24,7 +26,7 @@ def kept(manifest: Path) -> dict:
     return json.loads(manifest.with_name(f"{manifest.stem}_scores.json").read_text())
 
 
-def test_scores_lines_and_tables(make_manifest, metrics_config, capsys, tmp_path):
+def test_scores_lines_and_tables(make_manifest, metrics_config, load_once, capsys, tmp_path):
     manifest = make_manifest("a", PROMPTS)
     log_file = tmp_path / "logs" / "joint_test_64.log"
     assert run([manifest], metrics_config, "--log_file", log_file, "--batch_size", 2) == 0
@@ -32,7 +34,7 @@ def test_scores_lines_and_tables(make_manifest, metrics_config, capsys, tmp_path
     images = [Image.open(manifest.parent / image["gen_image_path"]) for image in content["images"]]
     for name, label in (("pickscore", "PickScore"), ("hpsv2", "HPSv2"), ("aesthetics", "AesScore"),
                         ("clip", "CLIPScore"), ("imagereward", "ImageReward")):
-        expected = load_metric(name, config=metrics_config).score(images, PROMPTS)
+        expected = load_once(name, config=metrics_config).score(images, PROMPTS)
         got = [image["scores"][name] for image in content["images"]]
         assert got == pytest.approx(expected.tolist(), abs=1e-5)
         mean = sum(got) / len(got)
@@ -46,9 +48,9 @@ def test_scores_lines_and_tables(make_manifest, metrics_config, capsys, tmp_path
 
 def test_each_image_is_read_once_and_scored_once(make_manifest, metrics_config, monkeypatch):
     manifest, reads, loads = make_manifest("a", PROMPTS), [], []
-    opened, load = Image.open, score.load_metric
-    monkeypatch.setattr(score.Image, "open", lambda *a, **k: reads.append(a) or opened(*a, **k))
-    monkeypatch.setattr(score, "load_metric", lambda *a: loads.append(a[0]) or load(*a))
+    opened, load = Image.open, scoring.load_metric
+    monkeypatch.setattr(scoring.Image, "open", lambda *a, **k: reads.append(a) or opened(*a, **k))
+    monkeypatch.setattr(scoring, "load_metric", lambda *a: loads.append(a[0]) or load(*a))
     run([manifest], metrics_config, "--metrics", "clip", "pickscore")
     assert len(reads) == len(PROMPTS) and loads == ["clip", "pickscore"]
     run([manifest], metrics_config, "--metrics", "clip", "pickscore")
@@ -64,13 +66,13 @@ def test_kept_scores_follow_image_content_and_metric_version(make_manifest, metr
     image = manifest.parent / before["images"][3]["gen_image_path"]
     Image.new("RGB", (64, 64), "red").save(image)
     scored = []
-    monkeypatch.setattr(score, "score_images", lambda metric, images, size, of=score.score_images:
+    monkeypatch.setattr(scoring, "score_images", lambda metric, images, size, of=scoring.score_images:
                         scored.append(len(images)) or of(metric, images, size))
     run([manifest], metrics_config, "--metrics", "aesthetics")
     after = kept(manifest)
     changed = [a["scores"] != b["scores"] for a, b in zip(before["images"], after["images"])]
     assert changed == [False, False, False, True, False] and scored == [1]
-    monkeypatch.setattr("eval.metrics.aesthetics.Aesthetics.revision", 2)
+    monkeypatch.setitem(METRICS, "aesthetics", METRICS["aesthetics"]._replace(revision=2))
     run([manifest], metrics_config, "--metrics", "aesthetics")
     assert scored == [1, 5]
     manifest.with_name(f"{manifest.stem}_scores.json").write_text("{damaged")
@@ -86,7 +88,7 @@ def test_kept_scores_that_are_no_numbers_or_of_unknown_metrics_are_not_used(make
     for image, fault in zip(wrong["images"], ["5.5", float("nan"), None, 10**400]):
         image["scores"] = {"aesthetics": fault, "beauty": 1.0}
     manifest.with_name(f"{manifest.stem}_scores.json").write_text(json.dumps(wrong))
-    monkeypatch.setattr(score, "score_images", lambda metric, images, size, of=score.score_images:
+    monkeypatch.setattr(scoring, "score_images", lambda metric, images, size, of=scoring.score_images:
                         scored.append(len(images)) or of(metric, images, size))
     assert run([manifest], metrics_config, "--metrics", "aesthetics") == 0
     assert kept(manifest) == right and scored == [4]
@@ -95,12 +97,12 @@ def test_kept_scores_that_are_no_numbers_or_of_unknown_metrics_are_not_used(make
 def test_scorings_at_one_time_keep_each_others_scores(make_manifest, metrics_config, monkeypatch):
     manifest = make_manifest("a", PROMPTS)
 
-    def meanwhile(metric, images, size, of=score.score_images):
-        monkeypatch.setattr(score, "score_images", of)
+    def meanwhile(metric, images, size, of=scoring.score_images):
+        monkeypatch.setattr(scoring, "score_images", of)
         assert run([manifest], metrics_config, "--metrics", "pickscore") == 0
         of(metric, images, size)
 
-    monkeypatch.setattr(score, "score_images", meanwhile)
+    monkeypatch.setattr(scoring, "score_images", meanwhile)
     assert run([manifest], metrics_config, "--metrics", "clip") == 0
     assert set(kept(manifest)["metrics"]) == {"clip", "pickscore"}
     assert all(image["scores"].keys() == {"clip", "pickscore"} for image in kept(manifest)["images"])
@@ -109,7 +111,7 @@ def test_scorings_at_one_time_keep_each_others_scores(make_manifest, metrics_con
 def test_nothing_is_written_where_nothing_is_new(make_manifest, metrics_config, monkeypatch):
     manifest = make_manifest("a", PROMPTS)
     run([manifest], metrics_config, "--metrics", "aesthetics", "clip")
-    monkeypatch.setattr(score, "write_json", lambda *_: pytest.fail("written: the folder may be read-only"))
+    monkeypatch.setattr(scores, "write_json", lambda *_: pytest.fail("written: the folder may be read-only"))
     assert run([manifest], metrics_config, "--metrics", "clip") == 0
 
 
@@ -134,7 +136,7 @@ def test_a_score_that_is_no_number_fails_its_metric(metric, of, make_manifest, m
     with monkeypatch.context() as patch:
         patch.setattr(of, lambda self, images, prompts: torch.full((len(prompts),), float("nan")))
         assert run([manifest], metrics_config, "--metrics", metric, "aesthetics") == 1
-    assert f"error: {metric} was not scored" in (told := capsys.readouterr().err) and "is nan, no finite number" in told
+    assert f"error: {metric} was not scored" in (said := capsys.readouterr().err) and "is nan, no finite number" in said
     assert set(kept(manifest)["metrics"]) == {"aesthetics"}
 
 
@@ -174,34 +176,34 @@ def test_formats_that_run_other_programs_are_not_opened(make_manifest, metrics_c
         run([manifest], metrics_config, "--metrics", "aesthetics")
 
 
-@pytest.mark.parametrize("content, told", [
+@pytest.mark.parametrize("content, said", [
     (None, "no manifest at"), ("[]", "lists no image"), ("{", "no JSON manifest"), ("{}", "must be a JSON list"),
     ('[{"prompt": "x"}]', "entry 1 has no gen_image_path"), ('["x"]', "entry 1 has no prompt"),
 ])
-def test_bad_manifests(content, told, metrics_config, tmp_path):
+def test_bad_manifests(content, said, metrics_config, tmp_path):
     manifest = tmp_path / "m.json"
     if content is not None:
         manifest.write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=said):
         run([manifest], metrics_config)
 
 
-@pytest.mark.parametrize("more, told", [
-    (["--metrics", "beauty"], "no metric named beauty"), (["--batch_size", 0], "at least 1"),
+@pytest.mark.parametrize("more, said", [
+    (["--metrics", "beauty"], "no metric named beauty"), (["--batch_size", 0], "--batch_size must be .* at least 1"),
     (["--device", "cuda"], "no GPU can be used here"),
 ])
-def test_bad_options(more, told, make_manifest, metrics_config, monkeypatch):
+def test_bad_options(more, said, make_manifest, metrics_config, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=said):
         run([make_manifest("a", PROMPTS)], metrics_config, *more)
 
 
-@pytest.mark.parametrize("log_file, told", [("m.json/x.log", "cannot be made"), (".", "is a folder")])
-def test_a_log_that_cannot_be_is_told_before_scoring(log_file, told, metrics_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "score_manifests", lambda *_: pytest.fail("scored"))
-    (tmp_path / "m.json").write_text("[]")
-    with pytest.raises(UserError, match=f"--log_file: .*{told}"):
-        run([tmp_path / "m.json"], metrics_config, "--log_file", tmp_path / log_file)
+@pytest.mark.parametrize("log_file, said", [("a.log/x.log", "cannot be made"), (".", "is a folder")])
+def test_a_log_that_cannot_be_is_reported_before_scoring(log_file, said, make_manifest, metrics_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "score_manifests", lambda *_: pytest.fail("scored"))
+    (tmp_path / "a.log").write_text("")
+    with pytest.raises(UserError, match=f"--log_file: .*{said}"):
+        run([make_manifest("a", PROMPTS)], metrics_config, "--log_file", tmp_path / log_file)
 
 
 def test_relative_paths_are_taken_from_the_manifest_then_from_the_working_directory(make_manifest, metrics_config,
@@ -222,6 +224,6 @@ def test_relative_paths_are_taken_from_the_manifest_then_from_the_working_direct
 def test_two_runs_of_one_group_are_told_apart(make_manifest, metrics_config, capsys):
     a, b = make_manifest("a", PROMPTS), make_manifest("b", PROMPTS, seed=1)
     assert run([a, b], metrics_config, "--metrics", "clip") == 0
-    told = capsys.readouterr().out
+    said = capsys.readouterr().out
     for manifest in (a, b):
-        assert f"FinalResults CLIPScore for own ({manifest.parent}) : " in told
+        assert f"FinalResults CLIPScore for own ({manifest.parent}) : " in said

@@ -1,4 +1,4 @@
-"""scripts/eval as a user runs them: from unet.pth to tables, files and the page, offline, from another folder."""
+"""scripts/eval: once as a user runs them, offline and from another folder; else which commands they make of their flags."""
 
 import json
 import os
@@ -13,11 +13,20 @@ import torch
 from eval import generate
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "eval"
+STEM = "own_seed0_64x64_3s_7.5cfg"
+STUB = """#!/usr/bin/env bash
+# Stands for Python: writes down what it is asked to run, and leaves a list of manifests where one is asked for.
+IFS=$'\\x1f'; printf '%s\\n' "$*" >> "$CALLS"
+[ "$2" = "${FAILING:-}" ] && exit 1
+while [ $# -gt 0 ]; do [ "$1" = --manifest_list ] && echo "run/own_seed0_1024x1024_50s_7.5cfg.json" > "$2"; shift; done
+exit 0
+"""
 
 
-def script(name: str, *arguments, folder: Path, expect: int = 0) -> subprocess.CompletedProcess:
-    result = subprocess.run(["bash", str(SCRIPTS / name), *map(str, arguments)], cwd=folder, capture_output=True,
-                            text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+def script(path: Path, *arguments, folder: Path, expect: int = 0, **environment) -> subprocess.CompletedProcess:
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | environment
+    result = subprocess.run(["bash", str(path), *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=300,
+                            env=os.environ | environment)
     assert result.returncode == expect, f"{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
     return result
 
@@ -32,78 +41,91 @@ def test_from_checkpoints_to_win_rates(tiny_sd15, sd15_run, prompt_file, metrics
     flags = ["--pretrained_model_name_or_path", tiny_sd15, "--metrics_config", metrics_config, "--prompts",
              prompt_file, "--height", 64, "--width", 64, "--num_inference_steps", 3, "--limit", 4]
     shutil.copy(sd15_run, tmp_path / "unet.pth")
-    result = script("test_sd15.sh", "unet.pth", *flags, "--score_batch_size", 3, folder=tmp_path)  # a relative path
+    result = script(SCRIPTS / "test_sd15.sh", "unet.pth", *flags, "--score_batch_size", 3, folder=tmp_path)  # a relative path
     assert "+ " in result.stdout and "eval.generate" in result.stdout and "no GPU here" in result.stdout
     log = (tmp_path / "joint_test_64.log").read_text()
     for label in ("PickScore", "HPSv2", "AesScore", "CLIPScore", "ImageReward"):
         assert f"FinalResults {label} for own : " in log
-    stem = "own_seed0_64x64_3s_7.5cfg"
-    assert {f"{stem}.json", f"{stem}_scores.json", f"{stem}.zip", stem} <= {path.name for path in tmp_path.iterdir()}
+    assert {f"{STEM}.json", f"{STEM}_scores.json", f"{STEM}.zip", STEM} <= {path.name for path in tmp_path.iterdir()}
 
     generate.main([str(word) for word in ("--unet_path", other, *flags[:2], *flags[4:])])
-    result = script("test_vs.sh", "--json_a", f"{stem}.json", "--json_b", other.parent / f"{stem}.json", "--label_a", "A",
-                    "--label_b", "B", "--device", "cpu", "--batch_size", 64, "--outdir", "vs", "--metrics_config",
-                    metrics_config, "--metrics", "clip", "aesthetics", folder=tmp_path)
+    result = script(SCRIPTS / "test_vs.sh", "--json_a", f"{STEM}.json", "--json_b", other.parent / f"{STEM}.json",
+                    "--label_a", "A", "--label_b", "B", "--device", "cpu", "--batch_size", 64, "--outdir", "vs",
+                    "--metrics_config", metrics_config, "--metrics", "clip", "aesthetics", folder=tmp_path)
     folder, = (tmp_path / "vs").iterdir()
     assert {path.name for path in folder.iterdir()} == {"pair_clip.json", "pair_aesthetics.json", "summary.json", "report.html"}
     assert [row["total_pairs"] for row in json.loads((folder / "summary.json").read_text())["metrics"]] == [4, 4]
     assert "CLIPScore" in result.stdout
 
 
-@pytest.mark.slow
-def test_sdxl_and_exit_codes(tiny_sdxl, sdxl_run, prompt_file, metrics_config, tmp_path):
-    flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--pretrained_vae_model_name_or_path", tiny_sdxl, "--prompts",
-             prompt_file, "--height", 64, "--width", 64, "--num_inference_steps", 2, "--limit", 2, "--metrics",
-             "aesthetics", "hpsv2", "--metrics_config"]
-    broken = tmp_path / "metrics.yaml"
-    broken.write_text(f"aesthetics: {{model: {metrics_config.parent}/aesthetics/clip, head: {metrics_config.parent}/"
-                      "aesthetics, image_size: 64}\nhpsv2: {checkpoint: /no/such/file}\n")
-    result = script("test_sdxl.sh", sdxl_run, *flags, broken, folder=tmp_path, expect=1)
-    assert "error: hpsv2 was not scored" in result.stderr
-    assert "FinalResults AesScore for own" in (sdxl_run.parent / "joint_test_64.log").read_text()
-    assert "usage" in script("test_sdxl.sh", folder=tmp_path, expect=2).stderr
-
-
-@pytest.mark.slow
-def test_spo_settings(tiny_sd15, prompt_file, tmp_path):
-    script("generate_spo.sh", "sd15", tiny_sd15, "--pretrained_model_name_or_path", tiny_sd15, "--prompts", prompt_file,
-           "--height", 64, "--width", 64, "--num_inference_steps", 2, "--limit", 1, "--mixed_precision", "no",
-           "--output_dir", tmp_path / "spo", folder=tmp_path)
-    metadata = json.loads((tmp_path / "spo" / "own_seed42_64x64_2s_7.5cfg.json").read_text())[0]["metadata"]
-    assert (metadata["cfg_convention"], metadata["guidance_scale_diffusers"], metadata["scheduler"],
-            metadata["empty_prompt"]) == ("diffusers", 7.5, "default", "pipeline")
-    assert "usage" in script("generate_spo.sh", folder=tmp_path, expect=2).stderr
-
-
 @pytest.fixture
-def project(tmp_path) -> Path:
-    """The project without the published prompt groups."""
-    root = tmp_path / "project"
-    (root / "scripts").mkdir(parents=True)
+def commands(tmp_path):
+    """commands(name, *words, expect=0, ...): the -m commands that scripts/eval/NAME runs, in a project without the published
+    prompt groups; and what it prints."""
+    root, python, calls = tmp_path / "project", tmp_path / "python", tmp_path / "calls"
     shutil.copytree(SCRIPTS, root / "scripts" / "eval")
     shutil.copy(SCRIPTS.parent / "common.sh", root / "scripts")
-    for name in ("prompts", "training", "eval"):
-        shutil.copytree(SCRIPTS.parents[1] / name, root / name,
-                        ignore=shutil.ignore_patterns("papv2.json", "hpsv2.json", "partiprompts.json", "__pycache__"))
-    return root
+    (root / "prompts").mkdir()
+    python.write_text(STUB)
+    python.chmod(0o755)
+
+    def run(name: str, *words, expect: int = 0, **environment) -> tuple[list[list[str]], subprocess.CompletedProcess]:
+        calls.write_text("")
+        result = script(root / "scripts" / "eval" / name, *words, folder=tmp_path, expect=expect, PYTHON=str(python),
+                        CALLS=str(calls), **environment)
+        asked = [line.split("\x1f") for line in calls.read_text().splitlines()]
+        return [words[1:] for words in asked if words[0] == "-m"], result
+
+    return run
 
 
-def test_a_missing_group_is_built_or_told(project):
-    command = ["bash", str(project / "scripts/eval/generate.sh"), "--unet_path", "x", "--prompts", "papv2"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120,
-                            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHON": sys.executable})
-    assert result.returncode == 1
-    assert "prompts/papv2.json is missing: building it" in result.stdout and "--source" in result.stderr
+def test_each_flag_goes_to_its_program(commands):
+    made, result = commands("test_sdxl.sh", "a run/unet.pth", "--metrics", "clip", "hpsv2", "--limit", 2, "--prompts", "my own",
+                            "--metrics_config=m.yaml", "--score_batch_size", 3, "--batch_size", 5, "--skip_missing")
+    [generated, scored] = made
+    assert generated[:-1] == ["eval.generate", "--unet_path", "a run/unet.pth", "--prompts", "papv2", "hpsv2", "partiprompts",
+                              "--sdxl", "--limit", "2", "--prompts", "my own", "--batch_size", "5", "--manifest_list"]
+    assert scored == ["eval.score", "--manifests", "run/own_seed0_1024x1024_50s_7.5cfg.json", "--log_file",
+                      "run/joint_test_1024.log", "--metrics", "clip", "hpsv2", "--metrics_config=m.yaml", "--batch_size", "3",
+                      "--skip_missing"]
+    assert "+ " in result.stdout and "my\\ own" in result.stdout  # as it could be typed
+
+
+def test_a_program_that_fails_ends_the_script(commands):
+    made, _ = commands("test_sd15.sh", "unet.pth", "--prompts", "own", FAILING="eval.score", expect=1)
+    assert [words[0] for words in made] == ["eval.generate", "eval.score"]
+    made, _ = commands("test_sd15.sh", "unet.pth", "--prompts", "own", FAILING="eval.generate", expect=1)
+    assert [words[0] for words in made] == ["eval.generate"]
+    made, result = commands("generate.sh", "--unet_path", "x", "--prompts", "papv2", FAILING="prompts.build", expect=1)
+    assert made == [["prompts.build", "papv2"]] and "prompts/papv2.json is missing: building it" in result.stdout
+
+
+def test_usage(commands):
+    for words in (["test_sdxl.sh"], ["test_sd15.sh", "--limit", 2], ["generate_spo.sh"]):
+        made, result = commands(*words, expect=2)
+        assert not made and "usage" in result.stderr
+
+
+def test_spos_settings(commands):
+    [made], _ = commands("generate_spo.sh", "sdxl", "my/unet", "--limit", 1)
+    words = " ".join(made)
+    assert words.startswith("eval.generate --unet_path my/unet --prompts own") and words.endswith("--sdxl --limit 1")
+    for setting in ("--cfg_convention diffusers", "--scheduler default", "--empty_prompt pipeline", "--seed 42", "--cfg 5.0"):
+        assert setting in words
+    [made], _ = commands("generate_spo.sh", "sd15", "--limit", 1)
+    assert "--unet_path SPO-Diffusion-Models/SPO-SD-v1-5_4k-p_10ep" in " ".join(made)
+
+
+def test_a_process_a_gpu(commands):
+    [made], _ = commands("generate.sh", "--unet_path", "x", "--prompts", "own", NUM_PROCESSES="2")
+    assert made[0] == "accelerate.commands.launch" and made[made.index("--num_processes") + 1] == "2"
+    assert made[made.index("-m"):] == ["-m", "eval.generate", "--unet_path", "x", "--prompts", "own"]
 
 
 @pytest.mark.parametrize("words, built", [
     (["--prompts=own"], []), (["--prompts=papv2", "--limit", "2"], ["papv2"]),
     (["--prompts", "own", "hpsv2"], ["hpsv2"]), ([], ["papv2", "hpsv2", "partiprompts"]),
 ])
-def test_only_the_groups_asked_for_are_built(words, built, project, tmp_path):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexit 0\n")
-    python.chmod(0o755)
-    told = subprocess.run(["bash", str(project / "scripts/eval/generate.sh"), "--unet_path", "x", *words], text=True,
-                          capture_output=True, timeout=60, env=os.environ | {"PYTHON": str(python)}).stdout
-    assert [line.split()[-1] for line in told.splitlines() if "-m prompts.build" in line] == built
+def test_only_the_groups_asked_for_are_built(words, built, commands):
+    made, _ = commands("generate.sh", "--unet_path", "x", *words)
+    assert [words[1] for words in made if words[0] == "prompts.build"] == built

@@ -6,8 +6,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from prompts import PROMPTS, build, check, read_group
 from common.errors import UserError
+from prompts import PROMPTS, build, check, read_group
 
 
 def written(path) -> list[str]:
@@ -31,8 +31,8 @@ def test_hpsv2_joins_its_four_files_and_keeps_repetitions(tmp_path, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps([f"{name} {index // 2}" for index in range(800)]))
     build.main(["hpsv2", "--source", str(tmp_path), "--output", str(tmp_path / "out.json")])
     assert written(tmp_path / "out.json")[::800] == ["anime 0", "concept-art 0", "paintings 0", "photo 0"]
-    out = capsys.readouterr().out
-    assert "3200 prompts (1600 distinct)" in out and "warning" not in out
+    said = capsys.readouterr()
+    assert "3200 prompts (1600 distinct)" in said.out and "warning" not in said.err
     (tmp_path / "photo.json").unlink()
     with pytest.raises(UserError, match="lacks photo.json"):
         build.build("hpsv2", str(tmp_path), tmp_path / "out.json")
@@ -52,7 +52,7 @@ def test_a_published_group_is_a_source_too(tmp_path):
     assert build.build("papv2", str(source), tmp_path / "out.json") == ["x", "y"]
 
 
-@pytest.mark.parametrize("group, name, content, told", [
+@pytest.mark.parametrize("group, name, content, said", [
     ("partiprompts", "p.tsv", "Prompt\tNote\na\tb\n\tb\n", r"line 3: no prompt"),
     ("partiprompts", "p.tsv", "Text\na\n", r"line 1: no Prompt column"),
     ("hpsv2", "p.json", '[\n"a",\n""\n]', r"line 3: entry 2 has no"),
@@ -60,21 +60,21 @@ def test_a_published_group_is_a_source_too(tmp_path):
     ("papv2", "p.parquet", "nothing", "cannot be read as a source of papv2"),
     ("papv2", "absent", None, "no file or folder"),
 ])
-def test_bad_sources(group, name, content, told, tmp_path):
+def test_bad_sources(group, name, content, said, tmp_path):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=said):
         build.build(group, str(tmp_path / name), tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
 
 
-def test_download_failure_tells_the_way_out(tmp_path, monkeypatch):
+def test_download_failure_names_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(UserError, match="no network.*--source"):
         build.build("hpsv2", None, tmp_path / "out.json")
 
 
-@pytest.mark.parametrize("content, line, told", [
+@pytest.mark.parametrize("content, line, said", [
     ('[\n {"prompt": "a"},\n {"text": "b"}\n]', 3, 'entry 2 has no "prompt"'),
     ('[\n {"prompt": "a"},\n\n {"prompt": 5}\n]', 4, "entry 2"),
     ('[\n {"prompt": "a"}\n {"prompt": "b"}\n]', 3, "a comma or ] must follow"),
@@ -85,10 +85,10 @@ def test_download_failure_tells_the_way_out(tmp_path, monkeypatch):
     ('["a",\n"', 2, "no JSON here"),
     ('["a"', 1, "a comma or ] must follow"),
 ])
-def test_a_fault_is_told_with_its_line(content, line, told, tmp_path):
+def test_a_fault_is_reported_with_its_line(content, line, said, tmp_path):
     path = tmp_path / "g.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=rf"g.json, line {line}: .*{told}"):
+    with pytest.raises(UserError, match=rf"g.json, line {line}: .*{said}"):
         read_group(path)
 
 
@@ -119,9 +119,9 @@ def test_our_own_groups(capsys):
     assert {"papv2.json", "hpsv2.json", "partiprompts.json"} <= set(ignored)
 
 
-def test_a_text_file_has_one_prompt_a_line(tmp_path):
-    (tmp_path / "own.txt").write_text("a red circle\n\n  a [blue] square \r\n", encoding="utf-8")
-    assert read_group(tmp_path / "own.txt") == ["a red circle", "a [blue] square"]
-    (tmp_path / "empty.txt").write_text("\n")
+def test_a_text_file_has_one_prompt_a_line_and_comments(tmp_path):
+    (tmp_path / "own.txt").write_text("# mine\na red circle\n\n  a [blue] square \r\n #no prompt\nroom #5\n", encoding="utf-8")
+    assert read_group(tmp_path / "own.txt") == ["a red circle", "a [blue] square", "room #5"]
+    (tmp_path / "empty.txt").write_text("\n# nothing\n")
     with pytest.raises(UserError, match="lists no prompt"):
         read_group(tmp_path / "empty.txt")

@@ -1,14 +1,13 @@
-import subprocess
-import sys
-from pathlib import Path
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from shapes.claims import CONFIGURATIONS
+from shapes import claims_runs
+from shapes.claims import Settings
 from shapes.claims_report import Interval, interval, verdict, win_rate
-
-ROOT = Path(__file__).parents[2]
+from shapes.experiment import run_options
 
 
 def test_intervals_are_students():
@@ -34,17 +33,41 @@ def test_win_rate_counts_ties_half():
     assert win_rate([1, 1], [0, 1]) == 0.75
 
 
+SMALL = Settings(seeds=1, steps=2, batch_size=2, learning_rates=[2e-5], train_pairs=8, held_out_pairs=4, selection_prompts=2,
+                 test_prompts=4, inference_steps=2, instrument_steps=1, timing_rounds=2, workers=1)
+
+
 @pytest.mark.slow
-def test_the_experiment_from_end_to_end(tmp_path):
-    sizes = {"seeds": 1, "steps": 2, "batch_size": 2, "learning_rates": 2e-5, "train_pairs": 8, "held_out_pairs": 4,
-             "selection_prompts": 2, "test_prompts": 4, "inference_steps": 2, "instrument_steps": 1, "timing_rounds": 2,
-             "workers": 1}
-    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run([sys.executable, "-m", "shapes.claims", "--output", str(tmp_path), *options], cwd=ROOT,
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_experiment_from_end_to_end_and_a_second_call_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims_runs, "METHODS", {"diffusion-dpo": 0.9})
+    configurations = [("diffusion-dpo", variant) for variant in claims_runs.VARIANTS] + [claims_runs.WINNER_ONLY]
+    monkeypatch.setattr(claims_runs, "CONFIGURATIONS", configurations)
+    monkeypatch.setattr(claims_runs, "LAMBDAS", {kind: claims_runs.LAMBDAS[kind] for kind in ("none", "parameters")})
+    claims_runs.experiment(settings := replace(SMALL, output=str(tmp_path)))
     text = (tmp_path / "claims.md").read_text()
-    for method, variant in CONFIGURATIONS:
+    for method, variant in configurations:
         assert f"| {method} | {variant} |" in text
     for name in ("claims.html", "images/claims_errors.png", "images/claims_quality.png", "images/claims_grid.png"):
         assert (tmp_path / name).stat().st_size > 1000
+
+    records = {path.name: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*_seed0.json")}
+    scales = {record["variant"]: record["winner_scale"] for record in records.values()}
+    assert scales["lambda 0"] == [0, 0] and scales["plain"] == scales["winner only"] == [1, 1]
+    assert scales["fixed lambda"] == pytest.approx([0.1, 0.1])
+    for record in records.values():  # the first errors are the reference's own
+        assert record["curve"][0]["winner"] == record["curve"][0]["ref_winner"] and len(record["curve"]) == 3
+
+    monkeypatch.setattr(claims_runs, "train_policy", None)
+    claims_runs.experiment(settings)
+    name = "diffusion-dpo_safeguarded_lr2e-05_seed0.json"  # the same again, bit for bit
+    monkeypatch.undo()
+    run = claims_runs.Run("diffusion-dpo", "safeguarded", 2e-5, 0)
+    assert claims_runs.train_policy(run, "test", settings) == records[name]
+
+
+def test_each_configuration_is_a_choice_of_options():
+    for method, variant in claims_runs.CONFIGURATIONS:
+        options = run_options(pretrained_model_name_or_path="base", cached_dataset="cache", **claims_runs.objective(method, variant))
+        assert options.objective.use_winner_preserving == (variant == "safeguarded")
+        assert (options.objective.fixed_lambda is not None) == (variant in ("lambda 0", "fixed lambda"))
+    assert claims_runs.objective("dspo", "fixed lambda")["fixed_lambda"] == pytest.approx(0.8)

@@ -3,9 +3,9 @@
 import torch
 from accelerate.state import DistributedType, PartialState
 
-import training.run
+import models.devices
 
-started = training.run.Accelerator
-training.run.Accelerator = lambda **options: started(**options | {"cpu": False})
+started = models.devices.Accelerator
+models.devices.Accelerator = lambda **options: started(**options | {"cpu": False})
 PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
 PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))

@@ -5,14 +5,15 @@ from types import SimpleNamespace
 import pytest
 
 from common.train_options import parse_options
+from tests.tasks import family_stub
 from training.defaults import settle_defaults
 
-FAMILIES = {"sd15": 512, "sdxl": 1024}
+FAMILIES = {"sd15": 512, "sdxl": 1024, "sd3": 512}
 
 
 def settled(family: str, *flags) -> SimpleNamespace:
     options = parse_options(["--pretrained_model_name_or_path=base", "--train_data_dir=pairs", *map(str, flags)])
-    settle_defaults(options, SimpleNamespace(name=family, resolution=FAMILIES[family]))
+    settle_defaults(options, family_stub(family, FAMILIES[family]))
     return SimpleNamespace(**options.flat())
 
 
@@ -20,7 +21,8 @@ def settled(family: str, *flags) -> SimpleNamespace:
     ("sd15", "diffusion-dpo", 5000, 0.9, 0), ("sdxl", "diffusion-dpo", 5000, 0.6, 0),
     ("sd15", "dspo", 0.001, 0.2, 0), ("sdxl", "dspo", 5000, 0.6, 0),
     ("sd15", "dmpo", 2000, 0.9, 0.01), ("sdxl", "dmpo", 6000, 0.6, 0.01),
-    ("sd15", "sft", 5000, 0.9, 0),
+    ("sd15", "sft", 5000, 0.9, 0), ("sd15", "linear-dpo", 100, 0.9, 0), ("sdxl", "linear-dpo", 500, 0.6, 0),
+    ("sd3", "diffusion-dpo", 100, 0.6, 0), ("sd3", "dmpo", 40, 0.6, 0.01),
 ])
 def test_beta_mu_and_alpha_are_the_published_ones(family, method, beta, mu, alpha):
     found = settled(family, "--train_method", method)
@@ -51,7 +53,7 @@ def test_the_whole_of_a_large_network_takes_adafactor(family, flags, optimizer):
 
 
 def test_the_resolution_is_the_bases():
-    assert [settled(family).resolution for family in FAMILIES] == [512, 1024]
+    assert [settled(family).resolution for family in FAMILIES] == list(FAMILIES.values())
 
 
 def test_what_was_given_stays_and_so_does_an_explicit_0():

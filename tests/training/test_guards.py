@@ -1,40 +1,15 @@
-import json
+"""The rules by which a run goes on, skips a step, warns or stops."""
+
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from training.guards import EventLog, RunningMean, Watch, allowed_bad_pairs
-
-# Replaces the loss of every pair at a position from FIRST to LAST by a value that is not finite, as a bad batch would.
-BREAK_LOSS = """
-import train
-from training.guards import Guards
-original, receive = train.preference_loss, Guards.receive
-now = []
-def note_positions(self, batch):
-    now[:] = batch["position"].tolist()
-    return receive(self, batch)
-def broken(prediction, reference, target, config, *rest):
-    result = original(prediction, reference, target, config, *rest)
-    hit = [number for number, position in enumerate(now) if FIRST <= position <= LAST]
-    if hit:
-        result.loss = result.loss * VALUE
-        result.logs["train_loss"] = result.loss.detach()
-        result.margin = result.margin.clone()
-        result.margin[hit] = VALUE
-    return result
-Guards.receive, train.preference_loss = note_positions, broken
-"""
-
-
-def broken(first: int, last: int, value: str = "nan") -> str:
-    return BREAK_LOSS.replace("FIRST", str(first)).replace("LAST", str(last)).replace("VALUE", f"float('{value}')")
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
+from common.errors import UserError
+from training.guards import RunningMean, Watch, allowed_bad_pairs, count_in, is_finite
+from training.optimizers import take_step
 
 
 def test_allowed_bad_pairs_forgives_an_unlucky_beginning():
@@ -82,60 +57,22 @@ def test_watch_ignores_single_outliers_and_steps_that_are_not_finite():
         assert watch(step, values) == []
 
 
-def test_event_log_forgets_what_comes_again(tmp_path):
-    log = EventLog(tmp_path / "events.jsonl")
-    log.rewind("position", 5)  # nothing there yet
-    log.write([{"position": 1}, {"position": 7}])
-    with open(log.path, "a") as file:
-        file.write('{"position": 3, "row"')  # killed here
-    log.rewind("position", 5)
-    log.write([{"position": 6}])
-    assert [json.loads(line)["position"] for line in log.path.read_text().splitlines()] == [1, 6]
+def test_watch_warns_of_a_safeguard_that_never_acts():
+    def warnings(scale: float, safeguarded: bool = True) -> list[str]:
+        watch = Watch(winner_rise=0.1, margin=10.0, safeguarded=safeguarded)
+        return [warning for step in range(200)
+                for warning in watch(step, logs(0.0, 1.0) | {"avg_lose_l_scale": scale if step == 10 else 1.0})]
+
+    [warning] = warnings(1.0)
+    assert "the safeguard has changed nothing" in warning and "--winner_preserving_mu" in warning
+    assert warnings(0.9) == warnings(1.0, safeguarded=False) == []
 
 
-@pytest.mark.parametrize("processes,value", [(1, "nan"), (2, "inf")])
-def test_a_step_that_is_not_finite_is_skipped_and_located(train_tiny, tmp_path, processes, value):
-    """Pairs 13 and 14: with 4 pairs a step they are in the fourth and no other."""
-    batch = f"--train_batch_size={4 // processes}"
-    flags = (batch, "--max_train_steps=6", "--checkpointing_steps=1")
-    output = train_tiny(tmp_path / "run", *flags, processes=processes, prelude=broken(13, 14, value))
-    assert output.count("step 4 is skipped") == 1 and "step 5 is skipped" not in output
-
-    before, after, later = (tmp_path / "run" / f"checkpoint-{step}" for step in (3, 4, 5))
-    assert all(torch.equal(a, b) for a, b in zip(load(before / "unet.pth").values(), load(after / "unet.pth").values()))
-    first, second = load(before / "optimizer.bin")["state"], load(after / "optimizer.bin")["state"]
-    for index in first:
-        assert all(torch.equal(first[index][name], second[index][name]) for name in first[index])
-    assert not all(torch.equal(a, b) for a, b in zip(load(before / "unet.pth").values(), load(later / "unet.pth").values()))
-    assert train_tiny.losses[6]["skipped_steps"] == 1 and not math.isfinite(train_tiny.losses[4]["train_loss"])
-
-    events = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
-    assert {event["step"] for event in events} == {4} and len(events) == processes
-    pairs = [pair for event in events for pair in event["pairs"]]
-    assert sorted(pair["position"] for pair in pairs) == [13, 14]
-    assert all(0 <= pair["timestep"] < 1000 and pair["row"] >= 0 for pair in pairs)
-
-
-def test_many_in_a_row_stop_with_a_checkpoint_from_before(train_tiny, tmp_path):
-    flags = ("--max_train_steps=8", "--max_nonfinite_steps=3", "--checkpointing_steps=0")
-    output = train_tiny(tmp_path / "run", *flags, expect=1, prelude=broken(4, 10**9))
-    errors = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "3 steps in a row" in errors[0] and "checkpoint-2 holds the model from before" in errors[0]
-    assert "Traceback" not in output
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-    # Mended, it continues from there, and ends as a run that never broke.
-    train_tiny(tmp_path / "run", "--max_train_steps=8", "--checkpointing_steps=0")
-    train_tiny(tmp_path / "whole", "--max_train_steps=8", "--checkpointing_steps=0")
-    mended, whole = (load(tmp_path / name / "unet.pth") for name in ("run", "whole"))
-    assert all(torch.equal(mended[key], whole[key]) for key in whole)
-
-
-def test_a_run_that_is_never_finite_leaves_the_model_it_began_with(train_tiny, tmp_path):
-    output = train_tiny(tmp_path / "run", "--max_train_steps=4", "--max_nonfinite_steps=1", "--checkpointing_steps=0", expect=1,
-                        prelude=broken(1, 10**9))
-    assert "checkpoint-0 holds the model from before" in output
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0"]
-    assert "after step 0" in train_tiny(tmp_path / "run", "--max_train_steps=4", "--checkpointing_steps=0")
+def test_a_damaged_count_of_a_checkpoint_is_told():
+    assert count_in({}, "pairs_seen", 5) == 5 and count_in({"pairs_seen": 7}, "pairs_seen") == 7
+    for value in (-1, "7", 2.5, None):
+        with pytest.raises(UserError, match="counts of the checkpoint's progress.json are damaged"):
+            count_in({"pairs_seen": value}, "pairs_seen")
 
 
 class Scaler:
@@ -156,10 +93,6 @@ class Scaler:
     (None, 0.7, 1.0, True),
 ])
 def test_overflow_of_fp16_gradients_is_left_to_the_scaler(scale, loss, grad_norm, finite):
-    from types import SimpleNamespace
-
-    from training.guards import is_finite
-
     accelerator = SimpleNamespace(scaler=None if scale is None else Scaler(scale))
     assert is_finite(accelerator, {"train_loss": loss, "grad_norm": grad_norm}) is finite
 
@@ -167,8 +100,6 @@ def test_overflow_of_fp16_gradients_is_left_to_the_scaler(scale, loss, grad_norm
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16's gradient scaler needs a GPU")
 def test_fp16_overflows_only_halve_the_scale():
     from accelerate import Accelerator
-
-    from training.run import take_step
 
     accelerator = Accelerator(mixed_precision="fp16")
     model = torch.nn.Linear(4, 1)

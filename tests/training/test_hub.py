@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-from common.train_options import parse_arguments
 from common.errors import UserError
+from common.train_options import parse_options
 from training.hub import push
 
 
@@ -24,23 +24,23 @@ class Recorder:
 
 
 @pytest.fixture
-def arguments(tmp_path, monkeypatch):
+def options(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Recorder)
     monkeypatch.setattr(Recorder, "uploads", [])
     (tmp_path / "run").mkdir()
-    return parse_arguments(["--pretrained_model_name_or_path", "org/base", "--dataset_name", "org/pairs", "--output_dir",
-                            str(tmp_path / "run"), "--use_winner_preserving", "--winner_preserving_mu", "0.9"])
+    return parse_options(["--pretrained_model_name_or_path", "org/base", "--dataset_name", "org/pairs", "--output_dir",
+                          str(tmp_path / "run"), "--beta_dpo", "5000", "--use_winner_preserving", "--winner_preserving_mu", "0.9"])
 
 
-def test_the_pipeline_goes_up_with_a_card_and_checkpoints_stay(arguments, tmp_path):
-    assert push(arguments) == "https://huggingface.co/me/run"
+def test_the_pipeline_goes_up_with_a_card_and_checkpoints_stay(options, tmp_path):
+    assert push(options, "openrail++") == "https://huggingface.co/me/run"
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "base_model: org/base" in card and "`org/pairs`" in card and "mu 0.9" in card and "| beta_dpo | 5000.0 |" in card
+    assert "base_model: org/base" in card and "license: openrail++" in card and "`org/pairs`" in card and "mu 0.9" in card and "| beta_dpo | 5000.0 |" in card
     [upload] = Recorder.uploads
     assert {"checkpoint-*", "logs/*"} <= set(upload["ignore_patterns"])
 
 
-def test_a_failed_push_is_one_line_and_says_that_nothing_is_lost(arguments, monkeypatch):
+def test_a_failed_push_is_one_line_and_says_that_nothing_is_lost(options, monkeypatch):
     monkeypatch.setattr(Recorder, "fails", True)
     with pytest.raises(UserError, match="the run is complete in .*run.*no route to the hub"):
-        push(arguments)
+        push(options, "openrail++")

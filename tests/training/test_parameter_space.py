@@ -1,14 +1,16 @@
 """--winner_preserving_space parameter: the guarantee in parameters, and its way through the real program."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from losses import LossConfig, preference_loss
 from tests.runs import SMALL, scalars, weights
-from common.train_options import parse_arguments
 from common.errors import UserError
-from training.parameter_space import backward_in_parameter_space, parameter_space_gradients
+from training.parameter_space import check_whole_gradients, parameter_space_gradients, parameter_space_loss
 
 
 def linear_problem(seed):
@@ -36,23 +38,23 @@ def test_an_update_lowers_what_the_winners_gradient_lowers(mu):
     assert output_space_fails > 0 or mu == 0  # here the winners dominate, and the published lambda of mu 0 suffices
 
 
-def test_the_gradient_takes_the_usual_way_through_accumulation():
+def test_the_gradient_takes_the_usual_way_through_accumulation(fresh_accelerate):
     """Two micro-steps add up to the mean of their gradients; the loss scale of fp16 leaves no trace."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     config = LossConfig(beta=10.0, use_winner_preserving=True, winner_preserving_mu=0.5)
     weight, predict, reference, target = linear_problem(1)
     expected, result = parameter_space_gradients(predict(), reference, target, config, [weight], loss_scale=1024.0)
     for _ in range(2):
-        got = backward_in_parameter_space(accelerator, [weight], predict(), reference, target, config)
+        loss, got = parameter_space_loss(accelerator, [weight], predict(), reference, target, config)
+        accelerator.backward(loss)
     torch.testing.assert_close(weight.grad, expected[0])
     assert got.loss == result.loss and 0 < got.winner_scale < 1
 
 
-@pytest.mark.parametrize("other", [["--winner_preserving_granularity", "sample"], ["--compile"]])
-def test_what_does_not_go_together_is_refused(other):
-    with pytest.raises(UserError, match="--winner_preserving_space parameter"):
-        parse_arguments(["--pretrained_model_name_or_path=base", "--dataset_name=pairs", "--use_winner_preserving",
-                         "--winner_preserving_space", "parameter", *other])
+def test_sharded_gradients_are_refused():
+    check_whole_gradients(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
+    with pytest.raises(UserError, match="needs whole gradients on every device, and FSDP shards them"):
+        check_whole_gradients(SimpleNamespace(distributed_type=DistributedType.FSDP))
 
 
 @pytest.mark.slow

@@ -1,0 +1,117 @@
+"""What the experiments share: train.py's runs in this process, and pieces of work that are done once, several at a time."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import StableDiffusionPipeline
+from torch import nn
+from tqdm import tqdm
+
+from common.files import write_json
+from common.locks import release
+from common.train_options import TrainOptions, parse_options
+from shapes.pipeline import NOISE_OFFSET, draw_images
+from train import train
+from training.fit import Watch
+
+# Equal in all runs: the base's resolution and noise, and no file but what the watch takes.
+COMMON = {"resolution": 32, "no_hflip": True, "mixed_precision": "no", "noise_offset": NOISE_OFFSET, "report_to": "none",
+          "checkpointing_steps": 0}
+
+
+def run_options(*more: type, **options: Any) -> TrainOptions:
+    """train.py's options by name, over COMMON; more: further groups."""
+    return parse_options([f"--{name}={value}" for name, value in (COMMON | options).items()], *more)
+
+
+def reset_accelerate() -> None:
+    """accelerate keeps one state a process, in which the run before is still set up."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+class Enough(Exception):
+    """Raised by a watch that has seen all it wanted: the run ends there, and saves nothing."""
+
+
+def train_here(options: TrainOptions, watch: Watch) -> None:
+    """train.py's run in this process, to its end or until the watch has enough. Its folder goes with it: what counts, the
+    watch has taken."""
+    reset_accelerate()
+    with tempfile.TemporaryDirectory() as folder:
+        options.run.output_dir = folder
+        try:
+            finished = train(options, watch).finished
+        except Enough:
+            finished = True
+        finally:
+            release(folder)
+    if not finished:  # stopped by a signal, which was this program's too
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """A network in evaluation mode, for a moment."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(training)
+
+
+def draw_with(network: nn.Module, pipeline: StableDiffusionPipeline, *arguments, **settings) -> list:
+    """draw_images with another network in the pipeline, for this once."""
+    own, pipeline.unet = pipeline.unet, network
+    try:
+        with evaluating(network):
+            return draw_images(pipeline, *arguments, **settings)
+    finally:
+        pipeline.unet = own
+
+
+# --- pieces of work ------------------------------------------------------------------------------------------------------
+
+Work = tuple[Path, Callable[..., Any], tuple]  # where its record goes, what makes it, and of what
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[Executor | None]:
+    """Processes for do_all; None where this one is enough."""
+    if workers == 1:
+        yield None
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            yield pool
+
+
+def do_all(pool: Executor | None, work: list[Work], description: str) -> None:
+    """Do what has no record yet."""
+    left = [piece for piece in work if not piece[0].is_file()]
+    with tqdm(total=len(left), desc=description, unit="run") as bar:
+        if pool is None:
+            for piece in left:
+                do(*piece)
+                bar.update()
+        else:
+            for future in as_completed([pool.submit(do, *piece) for piece in left]):
+                future.result()
+                bar.update()
+
+
+def do(path: Path, function: Callable[..., Any], arguments: tuple) -> None:
+    """One piece: its record as JSON in `path`, what it prints in a .log beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    with open(path.with_suffix(".log"), "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        record = function(*arguments)
+    write_json(path, record)

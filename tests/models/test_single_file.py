@@ -1,0 +1,54 @@
+"""A single checkpoint file as a base: told by its keys, turned into a folder once, refused in one line."""
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.numpy import save_file
+
+from common.errors import UserError
+from common.train_options import ModelOptions
+from models.family import open_family
+from models.single_file import SD15_KEY, SDXL_KEY, pipeline_class
+
+
+def checkpoint(path, *keys):
+    save_file({key: np.zeros(1, np.float32) for key in keys}, path)
+    return path
+
+
+def test_its_keys_say_what_it_is(tmp_path):
+    assert pipeline_class(checkpoint(tmp_path / "a.safetensors", SD15_KEY)) is StableDiffusionPipeline
+    assert pipeline_class(checkpoint(tmp_path / "b.safetensors", SDXL_KEY, "x")) is StableDiffusionXLPipeline
+
+
+def test_it_becomes_a_folder_once(tmp_path, tiny_sd15, monkeypatch):
+    opened = []
+
+    def from_single_file(path, **parts):
+        opened.append(path)
+        return StableDiffusionPipeline.from_pretrained(tiny_sd15)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", from_single_file)
+    path = checkpoint(tmp_path / "dreamy-turbo.safetensors", SD15_KEY)
+    options = ModelOptions(str(path), cache_dir=str(tmp_path / "cache"))
+    for _ in range(2):
+        family = open_family(options)
+    assert opened == [str(path)]
+    assert family.name == "sd15" and family.turbo, "the file's name counts"
+    assert options.pretrained_model_name_or_path == str(path), "the run is still named after the file"
+
+
+@pytest.mark.parametrize("keys, words", [(["unet.conv_in.weight"], ["no checkpoint file", "--unet_init"]),
+                                         ([SD15_KEY], ["cannot be opened", "configs come from the hub"])])
+def test_what_cannot_be_opened_is_one_line(tmp_path, keys, words):
+    path = checkpoint(tmp_path / "x.safetensors", *keys)
+    with pytest.raises(UserError) as error:
+        open_family(ModelOptions(str(path), cache_dir=str(tmp_path / "cache")))
+    assert all(word in str(error.value) for word in words)
+    assert not list((tmp_path / "cache").rglob("model_index.json"))
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="damaged or no .safetensors file"):
+        open_family(ModelOptions(str(tmp_path / "x.safetensors")))
