@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from common.options import option
 
-
 METHODS = {"diffusion-dpo": 0.9, "dspo": 0.2, "dmpo": 0.9}  # the published mu; beta and alpha are train.py's defaults
 VARIANTS = ("plain", "safeguarded", "lambda 0", "fixed lambda")
 
