@@ -33,7 +33,7 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
 
     # 2. The run: devices, folder, seed.
     from common.signals import StopSignal
-    from training.fit import fit
+    from training.fit import Outcome, fit
     from training.run import start_run
     with StopSignal() as stop:
         run = start_run(options, stop)
@@ -44,6 +44,10 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         else:
             from training.preference import make_task
         task = make_task(run, family)
+        if options.run.dry_run:
+            from training.dry_run import STEPS, dry_run
+            dry_run(task, run, family)
+            return Outcome(STEPS, finished=False)
 
         # 4. The loop.
         outcome = fit(task, run, watch)

@@ -15,7 +15,7 @@ import transformers
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from eval.metrics.tiny import write_tiny_metrics
+from shapes.tiny_metrics import write_tiny_metrics
 from prompts import read_group
 from shapes.oracle import judge
 from shapes.pipeline import base_pipeline, draw_images

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shapes import claims_runs
-from shapes.claims import Settings
+from shapes.claims_options import Settings
 from shapes.claims_report import Interval, interval, verdict, win_rate
 from shapes.experiment import run_options
 
