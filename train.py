@@ -39,7 +39,7 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
 
     # 2. The run: devices, folder, seed.
     from common.signals import StopSignal
-    from training.fit import fit
+    from training.fit import Outcome, fit
     from training.run import start_run
     with StopSignal() as stop:
         run = start_run(options, stop)
@@ -52,6 +52,10 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
         else:
             from training.preference import make_task
         task = make_task(run, family)
+        if options.run.dry_run:
+            from training.dry_run import STEPS, dry_run
+            dry_run(task, run, family)
+            return Outcome(STEPS, finished=False)
 
         # 4. The loop.
         outcome = fit(task, run, watch)
@@ -64,7 +68,8 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
         run.accelerator.end_training()
         if left:
             run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
-            run.say(f"Next: bash scripts/eval/test_{family.name}.sh {run.output_dir / f'{family.backbone}.pth'}")
+            trained = run.output_dir / family.weights_file if family.backbone == "unet" else run.output_dir
+            run.say(f"Next: bash scripts/eval/test_{family.name}.sh {trained}")
             if options.run.push_to_hub and run.main:
                 from training.hub import push
                 run.say(f"Published at {push(options, family.license)}")

@@ -32,9 +32,10 @@ def cache(options: TrainOptions, own: CacheOptions) -> None:
     """Open the base, start the devices and encode. Raises UserError."""
     from models.family import open_family
     family = open_family(options.model)
-    options.data.resolution = options.data.resolution or family.resolution
     from data.encode import make_cache
-    from models.devices import start_accelerator
+    from models.devices import settle_precision, start_accelerator
+    settle_precision(options, family)
+    options.data.resolution = options.data.resolution or family.training_resolution
     make_cache(options, family, start_accelerator(options), own.pairs_per_shard, own.encode_batch_size)
 
 

@@ -32,7 +32,7 @@ def cache_settings(data: DataOptions, family: Family, mixed_precision: str, imag
         "caption_column": data.caption_column,
         "image_columns": image_columns,
         "model": family.options.pretrained_model_name_or_path, "family": family.name, "encoders": encoder_identities(family),
-        "mixed_precision": mixed_precision, "resolution": data.resolution,
+        "mixed_precision": mixed_precision, "sequence_length": family.sequence_length, "resolution": data.resolution,
         "transform": "short side bilinear, centre crop, [-1, 1]", "flips": not data.no_hflip,
     }
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from common.errors import UserError, first_line, write_fault
 from common.train_options import TrainOptions
+from models.family import Family
 
 COMPUTE_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -53,6 +54,14 @@ def start_accelerator(options: TrainOptions) -> Accelerator:
     if memory.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def settle_precision(options: TrainOptions, family: Family) -> None:
+    """bf16 by default for flow matching, whose bases were trained in it; fp16 refused where it overflows."""
+    if family.flow and "mixed_precision" not in options.given:
+        options.memory.mixed_precision = "bf16"
+    if options.memory.mixed_precision == "fp16" and family.overflows_in_fp16:
+        raise UserError(f"{family.label} overflows in fp16: use --mixed_precision bf16")
 
 
 def raise_together(problem: str | None) -> None:

@@ -30,17 +30,28 @@ class Family(Protocol):
     """
 
     name: str  # "sd15", "sdxl", ...; defaults are looked up by it
+    flow: bool  # flow matching: the network predicts velocities, which have recipes of their own
     label: str  # as people call it
     license: str  # of the base's weights, for a model card
     backbone: str  # "unet" or "transformer": the pipeline's folder of the trained network
+    network: type  # the class of the trained network
+    weights_file: str  # what a whole trained network is called in a checkpoint
     pipeline: type  # the diffusers pipeline that a result opens with
     lora_targets: list[str]
-    compiled_blocks: tuple[type, ...]  # repeated blocks, compiled one by one
+    compiled_blocks: tuple[type, ...]  # repeated blocks, compiled and sharded one by one
     resolution: int  # pixels that the base was made for
+    training_resolution: int  # the published training's, unless --resolution says otherwise
     images_at_once: int  # that eval.generate samples together
     evaluation_vae: str | None  # hub id of the VAE that the published evaluation decodes with, where not the base's own
     always_checkpoints: bool  # the published runs recompute activations whatever is asked
+    empty_prompt: str  # what the pipeline's unconditional prediction reads
     empty_is_zeros: bool  # whether the base's own pipeline takes zeros for the empty prompt instead of encoding it
+    embeds_guidance: bool  # guidance is an input of the network: predict() takes it, and no second prediction is made
+    steps: int  # of the pipeline's sampler, as published; guidance: its scale in the pipeline's own convention
+    guidance: float
+    overflows_in_fp16: bool
+    ignored_options: tuple[str, ...]  # options of the model that mean nothing for this family
+    sequence_length: int | None  # tokens of the text that --max_sequence_length sets; None where they are fixed
     options: ModelOptions
     vae: "nn.Module | None"
     text_encoders: "list[nn.Module]"
@@ -59,6 +70,9 @@ class Family(Protocol):
 
     def check_network(self, network: "nn.Module", source: str) -> None:
         """Raise UserError where a trained network is not one of this family."""
+
+    def without_gradient(self, network: "nn.Module") -> list[str]:
+        """Names of modules that no prediction depends on; they stay frozen."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of an image's latents. Raises UserError for a size that the family cannot take."""
@@ -91,10 +105,16 @@ class Family(Protocol):
         """(x_t, target), each (N, C, h, w) float32. input_noise replaces the noise in x_t alone."""
 
     def predict(self, network: "nn.Module", x_t: "Tensor", times: "Tensor", text: Text, size: tuple[int, int]) -> "Tensor":
-        """The network's prediction (N, C, h, w); size: the images' (height, width) in pixels."""
+        """The network's prediction (N, C, h, w); size: the images' (height, width) in pixels. A family that embeds guidance
+        takes it as a last argument; without it, --embedded_guidance."""
 
-    def sampler(self, kind: str, steps: int, device: "torch.device") -> Any:
-        """A diffusers scheduler with its timesteps set; kind "default" is the pipeline's own."""
+    def guide(self, unconditional: "Tensor", conditional: "Tensor", scale: float, official: bool) -> "Tensor":
+        """Classifier-free guidance. scale: in the family's own pipeline's convention; official: in that of the official
+        evaluation, conditional + scale (conditional - unconditional)."""
+
+    def sampler(self, kind: str, steps: int, device: "torch.device", size: tuple[int, int] | None = None) -> Any:
+        """A diffusers scheduler with its timesteps set; kind "default" is the pipeline's own. size: of the images in
+        pixels, where the steps depend on it; None: the base's own."""
 
 
 class Known(NamedTuple):
@@ -106,6 +126,10 @@ FAMILIES = {  # by the pipeline class that a base's model_index.json names
     "StableDiffusionPipeline": Known("models.stable_diffusion", "StableDiffusion15"),
     "StableDiffusionXLPipeline": Known("models.stable_diffusion", "StableDiffusionXL"),
     "StableDiffusionXLImg2ImgPipeline": Known("models.stable_diffusion", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": Known("models.sd3", "StableDiffusion3"),
+    "FluxPipeline": Known("models.flux", "Flux"),
+    "QwenImagePipeline": Known("models.qwen_image", "QwenImage"),
+    "ZImagePipeline": Known("models.z_image", "ZImage"),
 }
 
 

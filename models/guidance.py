@@ -16,7 +16,7 @@ def encode_with_empty(family: Family, prompts: list[str], device: torch.device) 
     if family.empty_is_zeros:
         text = encode_prompts(family, prompts, device)
         return text, {name: torch.zeros_like(rows[:1]) for name, rows in text.items()}
-    text = encode_prompts(family, [*prompts, ""], device)
+    text = encode_prompts(family, [*prompts, family.empty_prompt], device)
     return {name: rows[:-1] for name, rows in text.items()}, {name: rows[-1:] for name, rows in text.items()}
 
 
@@ -35,7 +35,9 @@ def both_predictions(family: Family, network: nn.Module, x_t: Tensor, times: Ten
 
 
 def guided(family: Family, network: nn.Module, x_t: Tensor, times: Tensor, text: Text, empty: Text, size: tuple[int, int],
-           scale: float) -> Tensor:
-    """u + scale * (c - u) of the predictions without and with the prompt, float32 (N, C, h, w)."""
-    unconditional, conditional = (part.float() for part in both_predictions(family, network, x_t, times, text, empty, size))
-    return unconditional + scale * (conditional - unconditional)
+           scale: float, official: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The guided prediction (N, C, h, w), combined in dtype; see Family.guide for scale and official."""
+    if family.embeds_guidance:
+        return family.predict(network, x_t, times, text, size, scale).to(dtype)
+    unconditional, conditional = (part.to(dtype) for part in both_predictions(family, network, x_t, times, text, empty, size))
+    return family.guide(unconditional, conditional, scale, official)

@@ -81,9 +81,10 @@ def load_policy(family: Family, memory: MemoryOptions, dtype: torch.dtype, devic
     """The base's network, or what --unet_init names, as policy and reference. Raises UserError."""
     if memory.compile:
         check_compiler(device)
-    network = load_network(family, family.options.unet_init)
+    once = family.options.lora_rank > 0 and family.backbone == "transformer"  # UNets are small: float32 is cast below
+    network = load_network(family, family.options.unet_init, dtype if once else torch.float32)
     family.check_network(network, family.options.unet_init or family.options.pretrained_model_name_or_path)
-    if resolution is not None:
+    if resolution is not None and not family.flow:  # those take any size
         native, side = network.config.sample_size, family.latent_shape(resolution, resolution)[-1]
         if isinstance(native, int) and side != native:
             warn(f"--resolution {resolution} makes latents of {side} a side, and the base was made for {native}: it draws at "
@@ -98,11 +99,13 @@ def make_policy(family: Family, network: nn.Module, memory: MemoryOptions, dtype
     if rank:
         network.requires_grad_(False)
         cast_compute_weights(network, dtype)
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=family.options.lora_alpha or rank, init_lora_weights="gaussian",
                                        target_modules=family.lora_targets))
         cast_training_params(network, torch.float32)
     elif needs_reference:
         reference = make_reference(network, dtype)
+    for name in family.without_gradient(network):
+        network.get_submodule(name).requires_grad_(False)
     if memory.selective_checkpointing and not memory.compile:  # a compiler divides its regions itself
         recompute_cheap(network)
     elif (memory.gradient_checkpointing or family.always_checkpoints) and not memory.selective_checkpointing:
@@ -121,7 +124,7 @@ def make_policy(family: Family, network: nn.Module, memory: MemoryOptions, dtype
 
 
 def cast_compute_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convolution and linear weights to `dtype`, everything else (norms) stays float32.
+    """Convolution and linear weights to `dtype`, everything else (norms) to float32, where it is already as a rule.
 
     Under autocast to the same dtype this changes no output bit: autocast would round exactly these weights at each
     use, and runs norms in float32 from float32 weights.
@@ -129,6 +132,9 @@ def cast_compute_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)
+        else:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
     return network
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from models.family import Family, Text
-from models.guidance import both_predictions
+from models.guidance import guided
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class SamplingSettings:
     width: int
     num_inference_steps: int
     cfg: float
-    cfg_convention: str  # "official": e_cond + cfg (e_cond - e_uncond); "diffusers": e_uncond + cfg (e_cond - e_uncond)
+    cfg_convention: str  # "official": e_cond + cfg (e_cond - e_uncond); "diffusers": as the family's own pipeline, e_uncond + cfg (e_cond - e_uncond)
     scheduler: str  # "euler", or "default" for the pipeline's own
     latents_dtype: torch.dtype  # of the latents through all steps; the noise is drawn in the network's
 
@@ -48,18 +48,16 @@ def sample(family: Family, network: nn.Module, text: Text, empty: Text, seeds: l
     generators = [torch.Generator(noise_device).manual_seed(seed) for seed in seeds]
     noise = [torch.randn(shape, generator=generator, device=noise_device, dtype=dtype) for generator in generators]
 
-    scheduler = family.sampler(settings.scheduler, settings.num_inference_steps, device)
+    scheduler = family.sampler(settings.scheduler, settings.num_inference_steps, device, size)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_arguments = {"generator": generators} if takes_generator else {}
     latents = torch.cat(noise).to(device, settings.latents_dtype) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, timestep).to(dtype)
         times = timestep.expand(len(latents))
-        predictions = both_predictions(family, network, scaled, times, text, empty, size)
-        unconditional, conditional = (part.to(settings.latents_dtype) for part in predictions)
-        start = conditional if settings.cfg_convention == "official" else unconditional
-        guided = start + settings.cfg * (conditional - unconditional)
-        latents = scheduler.step(guided, timestep, latents, **step_arguments, return_dict=False)[0]
+        prediction = guided(family, network, scaled, times, text, empty, size, settings.cfg,
+                            settings.cfg_convention == "official", settings.latents_dtype)
+        latents = scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
     return [decode(family, latent) for latent in latents.split(1)]
 
 

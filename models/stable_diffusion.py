@@ -31,9 +31,14 @@ ENCODED_AT_ONCE = 8  # images: more are no faster, and at 1024 px their activati
 
 
 class StableDiffusion15:
-    name, label, license = "sd15", "SD1.5", "creativeml-openrail-m"
+    name, label, license, flow = "sd15", "SD1.5", "creativeml-openrail-m", False
     backbone, network, pipeline = "unet", UNet2DConditionModel, StableDiffusionPipeline
+    weights_file = "unet.pth"
     resolution, always_checkpoints = 512, False
+    steps, guidance, embeds_guidance, empty_prompt = 50, 7.5, False, ""
+    overflows_in_fp16, sequence_length = False, None
+    ignored_options = ("timestep_sampling", "logit_mean", "logit_std", "timestep_shift", "max_sequence_length",
+                       "embedded_guidance")
     images_at_once, evaluation_vae = 8, None
     pipeline_parts = {"safety_checker": None, "feature_extractor": None}
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -104,6 +109,10 @@ class StableDiffusion15:
         self.text_encoders, self.vae = [], None
 
     @property
+    def training_resolution(self) -> int:
+        return self.resolution
+
+    @property
     def latent_factor(self) -> int:
         return 2 ** (len(self.vae_config.get("block_out_channels", (64,))) - 1)
 
@@ -163,6 +172,9 @@ class StableDiffusion15:
             raise UserError(f"{source} has dropout {network.config.dropout}: policy and reference would differ by chance; "
                             "set it to 0 in unet/config.json")
 
+    def without_gradient(self, network: nn.Module) -> list[str]:
+        return []
+
     def times(self, uniform: Tensor) -> Tensor:
         """U{0..T-1}; turbo models have four timesteps."""
         if self.turbo:
@@ -181,7 +193,10 @@ class StableDiffusion15:
     def network_arguments(self, text: Text, size: tuple[int, int]) -> dict:
         return {"encoder_hidden_states": text["embeddings"]}
 
-    def sampler(self, kind: str, steps: int, device: torch.device):
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float, official: bool) -> Tensor:
+        return (conditional if official else unconditional) + scale * (conditional - unconditional)
+
+    def sampler(self, kind: str, steps: int, device: torch.device, size: tuple[int, int] | None = None):
         """"euler", from the base's schedule, or "default" for the pipeline's own."""
         own = self._own_scheduler
         scheduler = (EulerDiscreteScheduler if kind == "euler" else type(own)).from_config(own.config)

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from shapes.base import RESOLUTION, sample_drawing, write_training_pairs
+from shapes.mixture import RESOLUTION, sample_drawing, write_training_pairs
 from shapes.drawing import (COLOURS, FLAW_NAMES, KINDS, POSITIONS, SIZES, Flaws, caption, random_drawing, random_flaws,
                             render)
 from shapes.oracle import judge

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.errors import UserError, quiet_libraries, run_program
 from common.options import option, parse
-from shapes.base import RESOLUTION, sample_drawing
+from shapes.mixture import RESOLUTION, sample_drawing
 from shapes.drawing import FLAW_NAMES, caption, random_flaws, render
 from shapes.pairs import pair_row, write_rows
 

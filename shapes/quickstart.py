@@ -30,9 +30,9 @@ class QuickstartOptions:
 
 def prepare(output: Path, num_pairs: int) -> None:
     """The base pipeline and the preference pairs, as folders that train.py takes, and small untrained metric models."""
-    from eval.metrics.tiny import write_tiny_metrics
     from shapes.pipeline import base_pipeline
     from shapes.preferences import write_preferences
+    from shapes.tiny_metrics import write_tiny_metrics
 
     base = base_pipeline(output / "base")
     if not (output / "metrics" / "metrics.yaml").is_file():

@@ -21,14 +21,14 @@ from data.cache import CacheOptions, cache
 from losses.spo import ddim_gaussian
 from models.family import Family
 from models.guidance import guided, select
-from shapes.base import sample_drawing
+from shapes.mixture import sample_drawing
 from shapes.drawing import caption
 from shapes.experiment import Enough, do_all, draw_with, reset_accelerate, run_options, train_here, worker_pool
 from shapes.oracle import judge
 from shapes.pairs import write_pairs
 from shapes.pipeline import GUIDANCE_SCALE, base_pipeline, clip_tokenizer, text_config
 from shapes.preferences import write_preferences
-from shapes.spo_comparison import Settings
+from shapes.spo_options import Settings
 from spo.options import SPOOptions
 from spo.preference_model.options import parse_spm_options
 from spo.preference_model.train import train as train_preference_model

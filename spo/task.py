@@ -40,7 +40,7 @@ class SPOTask:
     def __init__(self, run: Run, family: Family, policy: Policy, judge: Judge, prompts: list[str]):
         self.run, self.family, self.policy, self.spo = run, family, policy, run.options.more[0]
         self.trained = policy.network
-        self.weights = LoraWeights(family) if policy.lora else WholeWeights()
+        self.weights = LoraWeights(family) if policy.lora else WholeWeights(family.weights_file)
         self.max_steps = run.options.optimizer.max_train_steps
         self.sampler = Sampler(run, family, policy.network, judge, prompts)
         self.digest = digest_of(prompts)

@@ -19,7 +19,7 @@ tags: [text-to-image, diffusers, preference-optimization, {method}]
 |---|---|
 {settings}
 
-`unet.pth` is the float32 state dict of the UNet; the folder opens with `DiffusionPipeline.from_pretrained`.
+{left}
 """
 
 SHOWN = ("beta_dpo", "winner_preserving_mu", "dmpo_alpha", "learning_rate", "scale_lr", "train_batch_size",
@@ -27,13 +27,21 @@ SHOWN = ("beta_dpo", "winner_preserving_mu", "dmpo_alpha", "learning_rate", "sca
          "mixed_precision")
 
 
+PIPELINE = "The folder opens with `DiffusionPipeline.from_pretrained`."
+ADAPTER = "`pipeline.load_lora_weights` of a pipeline of the base puts `pytorch_lora_weights.safetensors` in."
+UNET = "`unet.pth` is the float32 state dict of the UNet."
+
+
 def model_card(options: TrainOptions, name: str, license: str) -> str:
     values, objective = options.flat(), options.objective
     rows = "\n".join(f"| {setting} | {values[setting]} |" for setting in SHOWN)
     safeguard = (f" and the winner-preserving safeguard (mu {objective.winner_preserving_mu:g})"
                  if objective.use_winner_preserving else "")
+    folder = Path(options.run.output_dir)
+    left = [text for file, text in (("model_index.json", PIPELINE), ("unet.pth", UNET),
+                                    ("pytorch_lora_weights.safetensors", ADAPTER)) if (folder / file).is_file()]
     return CARD.format(base=options.model.pretrained_model_name_or_path, method=objective.train_method, name=name,
-                       settings=rows, safeguard=safeguard, license=license,
+                       settings=rows, left=" ".join(left), safeguard=safeguard, license=license,
                        data=f" on the preference pairs of `{options.data.source}`" if options.data.source else "")
 
 

@@ -15,23 +15,27 @@ from training.state import LoraWeights, whole_state
 
 
 def save_result(run: Run, family: Family, policy: Policy) -> str:
-    """unet.pth and a full diffusers pipeline in output_dir (LoRA: merged, and the LoRA weights beside it); returns what
-    was left, in words. Every process must call this. Raises UserError on all alike."""
+    """A full diffusers pipeline in output_dir, of a UNet unet.pth too; of LoRA its weights, and the pipeline with them
+    merged where the network is a UNet or --merge_lora asks for it. Returns what was left, in words. Every process must
+    call this. Raises UserError on all alike."""
     folder, accelerator = run.output_dir, run.accelerator
+    whole = not policy.lora or family.options.merge_lora or family.backbone == "unet"
     state = None if policy.lora else whole_state(accelerator, policy.network)
     with writing(f"the result into {folder}", folder):
         if policy.lora:
             LoraWeights(family).save(accelerator, policy.network, folder)
-        if run.main:
+        if run.main and whole:
             network = load_network(family, family.options.unet_init)
             if policy.lora:  # into the base as it is on disk: the one in training has weights in the compute dtype
                 merge_lora(family, network, load_file(folder / LORA_FILE), folder / LORA_FILE)
             else:
                 load_strictly(network, state, "the trained policy")
-            with whole_file(folder / f"{family.backbone}.pth") as aside:
-                torch.save(network.state_dict(), aside)
+            if family.backbone == "unet":
+                with whole_file(folder / family.weights_file) as aside:
+                    torch.save(network.state_dict(), aside)
             save_pipeline(run, family, network)
-    return f"{folder / f'{family.backbone}.pth'} and a diffusers pipeline in {folder}"
+    named = [folder / family.weights_file] * (whole and family.backbone == "unet") + [folder / LORA_FILE] * policy.lora
+    return " and ".join([*map(str, named), *[f"a diffusers pipeline in {folder}"] * whole])
 
 
 def save_pipeline(run: Run, family: Family, network: nn.Module) -> None:

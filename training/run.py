@@ -20,6 +20,7 @@ from models.devices import COMPUTE_DTYPES, raise_together, start_accelerator
 from training.checkpoints import PROGRESS, list_checkpoints, read_progress
 
 RUN_FILE = "run.json"
+RESULTS = ("unet.pth", "pytorch_lora_weights.safetensors")
 # What a run leaves in output_dir, besides the pipeline around its network, which the next result replaces whole.
 RUN_OUTPUTS = ("checkpoint-*", RUN_FILE, "metrics.jsonl", "bad_data.jsonl", "nonfinite.jsonl", "unet.pth",
                "pytorch_lora_weights.safetensors", "step-aware_preference_model.bin", "accuracy.json", "validation", "logs",
@@ -67,7 +68,8 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.options.run.output_dir)
+        folder = Path(self.options.run.output_dir)
+        return folder.with_name(f".{folder.name}.dry_run") if self.options.run.dry_run else folder
 
     @property
     def seed(self) -> int:
@@ -91,6 +93,8 @@ def start_run(options: TrainOptions, stop: StopSignal) -> Run:
 
     Raises UserError for what this machine lacks, and for a folder that holds another run or is in use.
     """
+    if options.run.dry_run:
+        options.run.report_to = "none"
     run = Run(options, start_accelerator(options), stop)
     claim_output_dir(run)
     if options.run.seed is None:
@@ -117,7 +121,7 @@ def changed_settings(before: dict, now: dict) -> list[str]:
 def settings_of_run(output_dir: Path) -> dict | None:
     """The settings that the run in output_dir was made with; None where there is none, or its record is damaged."""
     checkpoints = list_checkpoints(output_dir)
-    if not checkpoints and not (output_dir / "unet.pth").is_file():
+    if not checkpoints and not any((output_dir / name).is_file() for name in RESULTS):
         return None
     try:
         settings = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))

@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils import load as load_plain
+from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.errors import UserError, first_line
@@ -33,15 +34,19 @@ REFERENCE_FILE = "reference.pth"
 
 @dataclass
 class WholeWeights:
-    """All weights, as a float32 state dict in one torch file."""
+    """All weights, as a float32 state dict in one file."""
 
-    name: str = "unet.pth"
+    name: str = "unet.pth"  # the family's weights_file
 
     def save(self, accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
         """Written by the main process; every process must call this."""
         state = whole_state(accelerator, model)
         if accelerator.is_main_process:
-            torch.save(state, folder / self.name)
+            if self.name.endswith(".safetensors"):
+                save_file(state, folder / self.name)
+                make_readable(folder)
+            else:
+                torch.save(state, folder / self.name)
 
     def load(self, network: nn.Module, folder: Path) -> None:
         load_strictly(network, read_state_dict(folder / self.name), folder)
@@ -65,14 +70,18 @@ class WeightsAndReference(WholeWeights):
 
 @dataclass
 class LoraWeights:
-    """The adapter alone, in diffusers' format."""
+    """The adapter alone, in diffusers' format, with its alpha: without one it would be read as the rank."""
 
     family: Family
 
     def save(self, accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
         if accelerator.is_main_process:
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(accelerator.unwrap_model(model)))
-            self.family.pipeline.save_lora_weights(folder, **{f"{self.family.backbone}_lora_layers": layers})
+            network, backbone = accelerator.unwrap_model(model), self.family.backbone
+            layers = get_peft_model_state_dict(network)
+            if backbone == "unet":  # it renames a transformer's in part, and diffusers then reads some of them
+                layers = convert_state_dict_to_diffusers(layers)
+            self.family.pipeline.save_lora_weights(folder, **{f"{backbone}_lora_layers": layers},
+                                                   **_collate_lora_metadata({backbone: network}))
             make_readable(folder)
 
     def load(self, network: nn.Module, folder: Path) -> None:

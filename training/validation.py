@@ -42,7 +42,7 @@ class Validation:
         network.eval()
         with self.encoders():
             text = encode_prompts(self.family, self.prompts, device)
-            empty = encode_prompts(self.family, [""], device)
+            empty = encode_prompts(self.family, [self.family.empty_prompt], device)
             sheets = []
             for number in range(len(self.prompts)):
                 row = {name: rows[number:number + 1] for name, rows in text.items()}

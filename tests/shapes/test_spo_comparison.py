@@ -9,7 +9,7 @@ import torch
 
 from shapes.drawing import caption, random_drawing, render, wrong_colour
 from shapes.pipeline import clip_tokenizer
-from shapes.spo_comparison import Settings
+from shapes.spo_options import Settings
 from shapes.spo_runs import OFFLINE, ONLINE, OracleModel, Run, late_score, report
 from models.tokens import tokenize
 

@@ -1,0 +1,158 @@
+"""What flow-matching families share: times, noising, guidance, sampler, a KL VAE.
+
+A transformer predicts the velocity, noise - x0, of x_t = (1 - sigma) x0 + sigma noise. Times are 1000 sigma, as the
+schedulers count them, in float32 up to the network; what a network rounds inside is said in its family's file.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from common.errors import UserError, warn
+from common.train_options import ModelOptions
+from models.parts import PipelineParts
+
+
+class FlowSampler(FlowMatchEulerDiscreteScheduler):
+    """Euler steps along the velocity, with what diffusers' other schedulers have."""
+    init_noise_sigma = 1.0
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return sample
+
+
+class FlowFamily(PipelineParts):
+    flow, backbone, weights_file = True, "transformer", "transformer.safetensors"
+    vae_class, packing = AutoencoderKL, 4  # packing: latent channels per channel that the transformer reads
+    resolution, images_at_once, evaluation_vae, always_checkpoints = 1024, 4, None, False
+    empty_prompt, empty_is_zeros, embeds_guidance = "", False, False
+    overflows_in_fp16, vae_in_float32, distilled_names = True, False, ("turbo",)
+    encoder_names: tuple[str, ...] = ("text_encoder",)
+    timestep_sampling, sampler_starts_at_one = "uniform", True
+    ignored_options: tuple[str, ...] = ("embedded_guidance",)
+    longer_text = "a higher --max_sequence_length reads more"
+
+    def __init__(self, options: ModelOptions, index: dict):
+        """Read the small files: scheduler, tokenizers, configurations. Raises UserError."""
+        super().__init__(options, index)
+        self.scheduler = self.read(FlowMatchEulerDiscreteScheduler, "the scheduler", "scheduler")
+        self.config = self.read(self.network, "the transformer's config", self.backbone, method="load_config")
+        self.sequence_length = options.max_sequence_length or self.default_sequence
+        if self.sequence_length > self.longest_sequence:
+            raise UserError(f"--max_sequence_length {self.sequence_length}: {self.label} reads {self.longest_sequence} at most")
+        if self.is_distilled:
+            warn(f"{options.pretrained_model_name_or_path} is distilled to few steps without guidance, and preference training "
+                 f"undoes that: its images at few steps get worse. Train {self.label}'s undistilled base instead")
+
+    def load_encoders(self, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None = None) -> None:
+        if dtype == torch.float16 and self.overflows_in_fp16:
+            raise UserError(f"{self.label} overflows in fp16: use --mixed_precision bf16")
+        super().load_encoders(dtype, device, vae_dtype)
+
+    @property
+    def is_distilled(self) -> bool:
+        return any(word in Path(self.options.pretrained_model_name_or_path).name.lower() for word in self.distilled_names)
+
+    @property
+    def training_resolution(self) -> int:
+        return min(self.resolution, 512)  # as the published recipes
+
+    # --- images ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def latent_factor(self) -> int:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae_config["latent_channels"]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        factor = 2 * self.latent_factor  # the transformer reads patches of 2x2 latents
+        if height % factor or width % factor:
+            raise UserError(f"{height}x{width} is no size for {self.label}: both must be multiples of {factor}")
+        return self.latent_channels, height // self.latent_factor, width // self.latent_factor
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """One at a time, as each_alone() has prompts."""
+        parts = pixels.to(self.vae.dtype).split(1)
+        return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts]).contiguous()
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        distribution = DiagonalGaussianDistribution(moments)
+        sampled = distribution.mean.float() + distribution.std.float() * noise
+        return (sampled - self.vae_config["shift_factor"]) * self.vae_config["scaling_factor"]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        unscaled = latents.float() / self.vae_config["scaling_factor"] + self.vae_config["shift_factor"]
+        return torch.cat([self.vae.decode(part, return_dict=False)[0].float()
+                          for part in unscaled.to(self.vae.dtype).split(1)])
+
+    # --- the network -----------------------------------------------------------------------------------------------------
+
+    def check_network(self, network: nn.Module, source: str) -> None:
+        expected = self.latent_channels * self.packing
+        if network.config.in_channels != expected:
+            raise UserError(f"the transformer of {source} reads {network.config.in_channels} channels, and the base's VAE "
+                            f"gives it {expected}: it is of another base")
+
+    def without_gradient(self, network: nn.Module) -> list[str]:
+        return []
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """Through the inverse CDF, so that a time is a function of its pair's uniform alone."""
+        options, sigma = self.options, uniform
+        if (options.timestep_sampling or self.timestep_sampling) == "logit_normal":
+            sigma = torch.sigmoid(options.logit_mean + options.logit_std * torch.special.ndtri(uniform))
+        own = 1.0 if self.scheduler.config.use_dynamic_shifting else self.scheduler.config.shift
+        return (1000 * shifted(sigma, options.timestep_shift or own)).float()
+
+    def noise(self, latents: Tensor, noise: Tensor, times: Tensor, input_noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        sigma = (times / 1000).reshape(-1, 1, 1, 1)
+        return (1 - sigma) * latents + sigma * (noise if input_noise is None else input_noise), noise - latents
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float, official: bool) -> Tensor:
+        return (conditional if official else unconditional) + scale * (conditional - unconditional)
+
+    def sampler(self, kind: str, steps: int, device: torch.device, size: tuple[int, int] | None = None) -> FlowSampler:
+        """The pipeline's own Euler schedule, whatever the kind; size: the images', which a dynamic shift depends on."""
+        scheduler, config = FlowSampler.from_config(self.scheduler.config), self.scheduler.config
+        if steps == 1 and config.shift_terminal:
+            raise UserError(f"{self.label}'s schedule ends at {config.shift_terminal:g} and needs 2 steps or more")
+        _, height, width = self.latent_shape(*(size or (self.resolution, self.resolution)))
+        sigmas = np.linspace(1.0, 1 / steps, steps) if self.sampler_starts_at_one else None
+        scheduler.set_timesteps(steps, device=device, sigmas=sigmas, mu=dynamic_shift(config, height * width // 4))
+        scheduler.set_begin_index(0)
+        return scheduler
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """More noise for a shift above 1: s sigma / (1 + (s - 1) sigma)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def dynamic_shift(config: dict, tokens: int) -> float | None:
+    """mu, the log of the shift that an image of so many tokens is sampled with; None where the shift is static."""
+    if not config.use_dynamic_shifting:
+        return None
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return config.base_shift + slope * (tokens - config.base_image_seq_len)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, h/2 * w/2, 4C): a token for each 2x2 patch, channels outermost."""
+    n, channels, height, width = latents.shape
+    patches = latents.reshape(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(n, height * width // 4, channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of pack; height and width of the latents."""
+    n, _, channels = tokens.shape
+    patches = tokens.reshape(n, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(n, channels // 4, height, width)

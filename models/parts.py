@@ -1,0 +1,99 @@
+"""The parts around the trained network that a base pipeline brings: tokenizers, text encoders, VAE."""
+
+from functools import wraps
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from common.train_options import ModelOptions
+from models.family import Text
+from models.weights import from_hub
+
+LONGEST_CAPTION = 20_000  # characters: no encoder reads so far, and tokenizing a whole book takes seconds
+
+
+def each_alone(encode):
+    """A family's encode_text, one prompt at a time: kernels round differently for another batch size, and a cache, made in
+    larger batches, has to hold what training would compute. Encoders this large are as fast."""
+
+    @wraps(encode)
+    @torch.no_grad()
+    def encode_each(self, tokens: Text) -> Text:
+        rows = len(next(iter(tokens.values())))
+        parts = [encode(self, {name: ids[row:row + 1] for name, ids in tokens.items()}) for row in range(rows)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    return encode_each
+
+
+class PipelineParts:
+    """A family with encoder_names (those that a base may have, in order), vae_class, vae_in_float32 and caption_room()."""
+
+    def __init__(self, options: ModelOptions, index: dict):
+        """Read tokenizers and the VAE's configuration. index: the base's model_index.json. Raises UserError."""
+        self.options, self.index = options, index
+        self.text_encoders, self.vae = [], None
+        self.encoder_names = tuple(name for name in self.encoder_names if index.get(name, (None, None))[1])
+        self.tokenizers = {name: self.read(getattr(transformers, index[tokenizer_of(name)][1]), "the tokenizer",
+                                           tokenizer_of(name)) for name in self.encoder_names}
+        for tokenizer in self.tokenizers.values():
+            tokenizer.padding_side = "right"
+        source, where = self._vae_source
+        self.vae_config = from_hub(self.vae_class, source, "the VAE's config", method="load_config", **where)
+
+    def read(self, kind: type, what: str, subfolder: str, **settings):
+        """A part of the base pipeline. Raises UserError."""
+        return from_hub(kind, self.options.pretrained_model_name_or_path, what, subfolder=subfolder, **self._hub, **settings)
+
+    @property
+    def _hub(self) -> dict:
+        return {"revision": self.options.revision, "cache_dir": self.options.cache_dir}
+
+    @property
+    def _vae_source(self) -> tuple[str, dict]:
+        other = self.options.pretrained_vae_model_name_or_path
+        if other is None:
+            return self.options.pretrained_model_name_or_path, self._hub | {"subfolder": "vae"}
+        return other, {"cache_dir": self.options.cache_dir} | ({"subfolder": "vae"} if Path(other, "vae").is_dir() else {})
+
+    def load_encoders(self, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None = None) -> None:
+        self.text_encoders = [self.read(getattr(transformers, self.index[name][1]), "a text encoder", name, torch_dtype=dtype)
+                              .requires_grad_(False).eval().to(device) for name in self.encoder_names]
+        self.vae = self.read_vae(self.vae_dtype(vae_dtype or dtype)).requires_grad_(False).eval().to(device)
+
+    def vae_dtype(self, asked: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.vae_in_float32 else asked
+
+    def read_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        source, where = self._vae_source
+        return from_hub(self.vae_class, source, "the VAE", torch_dtype=dtype, **where)
+
+    def encoder_sources(self) -> dict[str, tuple[str, str | None, str | None, str | None]]:
+        base, (vae, where) = self.options.pretrained_model_name_or_path, self._vae_source
+        names = [*self.encoder_names, *map(tokenizer_of, self.encoder_names)]
+        return {"vae": (vae, where.get("subfolder"), where.get("revision"), where["cache_dir"]),
+                **{name: (base, name, self.options.revision, self.options.cache_dir) for name in names}}
+
+    def drop_encoders(self) -> None:
+        self.text_encoders, self.vae = [], None
+
+    def tokens_read(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        tokenizer = self.tokenizers[self.encoder_names[-1]]
+        lengths = [len(ids) for ids in tokenizer(cut(captions), add_special_tokens=False).input_ids]
+        return np.array(lengths), np.minimum(lengths, self.caption_room(tokenizer))
+
+
+def tokenizer_of(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def cut(captions: list[str]) -> list[str]:
+    return [caption[:LONGEST_CAPTION] for caption in captions]
+
+
+def token_ids(tokenizer, captions: list[str], length: int) -> Tensor:
+    """(N, length), padded and truncated."""
+    return tokenizer(cut(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
