@@ -15,14 +15,20 @@ from spo.options import SPOOptions, check_spo_options
 from common.train_options import TrainOptions, parse_options
 
 if TYPE_CHECKING:
-    from training.fit import Outcome, Watch
+    from collections.abc import Callable
+
+    from models.family import Family
+    from training.fit import Outcome, Task, Watch
+    from training.run import Run
 
 
-def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
+def train(options: TrainOptions, watch: "Watch | None" = None,
+          make_task: "Callable[[Run, Family], Task] | None" = None) -> "Outcome":
     """Train as the options say, and leave the result in their output_dir; a library call.
 
-    watch(step, network, scalars) is called before the first step and after each. Raises UserError for what the user can
-    mend. Nothing heavy is imported before the options are known to be good and the base to be there.
+    watch(step, network, scalars) is called before the first step and after each. make_task: for experiments, what makes
+    another task than the options name. Raises UserError for what the user can mend. Nothing heavy is imported before the
+    options are known to be good and the base to be there.
     """
     start = time.monotonic()
     # 1. The base: which family it is, and what follows from that.
@@ -39,7 +45,9 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         run = start_run(options, stop)
 
         # 3. What is learned from what: pairs or prompts, policy and reference.
-        if options.objective.train_method == "spo":
+        if make_task:
+            pass
+        elif options.objective.train_method == "spo":
             from spo.task import make_task  # online: it samples its pairs itself, from prompts
         else:
             from training.preference import make_task

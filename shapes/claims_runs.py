@@ -22,7 +22,7 @@ from data.cache import CacheOptions, cache
 from losses import denoising_errors, preference_margin
 from losses.errors import implicit_accuracy
 from models.family import open_family
-from shapes.base import sample_drawing
+from shapes.mixture import sample_drawing
 from shapes.claims_options import METHODS, VARIANTS, Settings
 from shapes.claims_report import write_report
 from shapes.drawing import caption
@@ -204,7 +204,8 @@ def winner_error(task: PreferenceTask, batch: dict[str, Tensor]) -> float:
     x_t, target, times, text = task.noised(batch)
     half = len(target) // 2
     text = {name: rows[:half] for name, rows in text.items()}
-    return float(denoising_errors(task.family.predict(task.trained, x_t[:half], times[:half], text, task.size), target[:half]).mean())
+    pred = task.family.predict(task.trained, x_t[:half], times[:half], text, task.size)
+    return float(denoising_errors(pred, target[:half]).mean())
 
 
 def measure_overhead(settings: Settings) -> dict[str, list[float]]:

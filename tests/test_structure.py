@@ -30,7 +30,6 @@ LONG = 350
 LONGER = {  # file: why
     "common/train_options.py": "every option of train.py, and what contradicts what, on one page",
     "shapes/claims_report.py": "one report: its figures, its table and its page",
-    "shapes/spo_comparison.py": "one experiment: its runs, its judge and its report",
 }
 FAMILY_WORDS = re.compile(r"sdxl|turbo|refiner", re.IGNORECASE)
 FAMILY_FILES = {  # file or folder: why
