@@ -1,8 +1,11 @@
-"""The options of shapes/claims.py, which its runs read too."""
+"""The options of shapes/claims.py and what it compares, which its runs and its report read too."""
 
 from dataclasses import dataclass
 
 from common.options import option
+
+METHODS = {"diffusion-dpo": 0.9, "dspo": 0.2, "dmpo": 0.9}  # the published mu; beta and alpha are train.py's defaults
+VARIANTS = ("plain", "safeguarded", "lambda 0", "fixed lambda")
 
 
 @dataclass

@@ -25,8 +25,6 @@ BELOW = {
 }
 EXCEPTIONS = {  # (file, what it imports): why
     ("data/labels.py", "eval.metrics"): "AI feedback is a metric's score",
-    ("eval/metrics/oracle.py", "shapes.oracle"): "the metric of drawn shapes is theirs",
-    ("eval/metrics/tiny_models.py", "shapes.pipeline"): "the tiny metrics are built for tests, as the tiny pipelines are",
 }
 LONG = 350
 LONGER = {  # file: why
