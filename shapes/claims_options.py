@@ -1,4 +1,4 @@
-"""The options of shapes/claims.py, which its runs read too."""
+"""The options of shapes/claims.py and what it compares, which its runs and its report read too."""
 
 from dataclasses import dataclass
 
