@@ -33,10 +33,12 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
 
     # 2. The run: devices, folder, seed.
     from common.signals import StopSignal
+    from models.devices import shard_by
     from training.fit import fit
     from training.run import start_run
     with StopSignal() as stop:
         run = start_run(options, stop)
+        shard_by(run.accelerator, family.compiled_blocks)
 
         # 3. What is learned from what: pairs or prompts, policy and reference.
         if options.objective.train_method == "spo":

@@ -16,7 +16,6 @@ from data.labels import ai_feedback_labels
 from data.pairs import PairDataset
 from data.table import PairTable, choose_pairs, content_digest, load_table
 from losses import LossConfig, kto_reference_point, preference_loss
-from models.devices import shard_by
 from models.family import Family, Text
 from models.policy import MovingReference, Policy, load_policy
 from training.fit import StepLoss
@@ -37,7 +36,6 @@ class PreferenceTask(StoredPairs):
         size = (options.data.resolution, options.data.resolution)
         dataset = PairDataset(pairs, options.data, run.seed, family.latent_shape(*size), family.tokenize, cache,
                               winners_only=options.objective.winners_only)
-        shard_by(run.accelerator, family.compiled_blocks)
         super().__init__(run, dataset, max_steps=(
             options.optimizer.max_train_steps
             or math.ceil(options.optimizer.num_train_epochs * len(pairs) / run.pairs_per_step)))
