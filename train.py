@@ -11,8 +11,8 @@ import time
 from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
-from spo.options import SPOOptions, check_spo_options
 from common.train_options import TrainOptions, parse_options
+from spo.options import SPOOptions, check_spo_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,17 +39,17 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
 
     # 2. The run: devices, folder, seed.
     from common.signals import StopSignal
+    from models.devices import shard_by
     from training.fit import Outcome, fit
     from training.run import start_run
     with StopSignal() as stop:
         run = start_run(options, stop)
+        shard_by(run.accelerator, family.compiled_blocks)
 
         # 3. What is learned from what: pairs or prompts, policy and reference.
-        if make_task:
-            pass
-        elif options.objective.train_method == "spo":
+        if make_task is None and options.objective.train_method == "spo":
             from spo.task import make_task  # online: it samples its pairs itself, from prompts
-        else:
+        elif make_task is None:
             from training.preference import make_task
         task = make_task(run, family)
         if options.run.dry_run:

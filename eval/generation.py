@@ -160,7 +160,7 @@ def load_models(options: GenerateOptions, family: Family, settings: SamplingSett
         family.vae.enable_tiling()
     if options.compile:
         compile_blocks(network, family.compiled_blocks)
-    empty = encode_prompts(family, [""], device)  # as the published evaluation has it, for every base
+    empty = encode_prompts(family, [family.empty_prompt], device)  # as the published evaluation has it, for every base
     if options.empty_prompt == "pipeline" and family.empty_is_zeros:
         empty = {name: torch.zeros_like(rows) for name, rows in empty.items()}
 

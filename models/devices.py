@@ -64,6 +64,13 @@ def settle_precision(options: TrainOptions, family: Family) -> None:
         raise UserError(f"{family.label} overflows in fp16: use --mixed_precision bf16")
 
 
+def shard_by(accelerator: Accelerator, blocks: tuple[type, ...]) -> None:
+    """FSDP wraps these blocks, one by one. DeepSpeed partitions by itself."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.transformer_cls_names_to_wrap = [block.__name__ for block in blocks]
+
+
 def raise_together(problem: str | None) -> None:
     """Raise UserError on every process when one had a problem, so that none waits for it. Every process must call this."""
     problems = [problem for problem in gather_object([problem]) if problem]

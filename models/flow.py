@@ -30,9 +30,8 @@ class FlowFamily(PipelineParts):
     resolution, images_at_once, evaluation_vae, always_checkpoints = 1024, 4, None, False
     empty_prompt, empty_is_zeros, embeds_guidance = "", False, False
     overflows_in_fp16, vae_in_float32, distilled_names = True, False, ("turbo",)
-    encoder_names: tuple[str, ...] = ("text_encoder",)
+    encoder_names, ignored_options = ("text_encoder",), ("embedded_guidance",)
     timestep_sampling, sampler_starts_at_one = "uniform", True
-    ignored_options: tuple[str, ...] = ("embedded_guidance",)
     longer_text = "a higher --max_sequence_length reads more"
 
     def __init__(self, options: ModelOptions, index: dict):
@@ -46,11 +45,6 @@ class FlowFamily(PipelineParts):
         if self.is_distilled:
             warn(f"{options.pretrained_model_name_or_path} is distilled to few steps without guidance, and preference training "
                  f"undoes that: its images at few steps get worse. Train {self.label}'s undistilled base instead")
-
-    def load_encoders(self, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None = None) -> None:
-        if dtype == torch.float16 and self.overflows_in_fp16:
-            raise UserError(f"{self.label} overflows in fp16: use --mixed_precision bf16")
-        super().load_encoders(dtype, device, vae_dtype)
 
     @property
     def is_distilled(self) -> bool:
@@ -78,7 +72,6 @@ class FlowFamily(PipelineParts):
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """One at a time, as each_alone() has prompts."""
         parts = pixels.to(self.vae.dtype).split(1)
         return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts]).contiguous()
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from common.errors import UserError
 from common.train_options import ModelOptions
 from models.family import Text
 from models.weights import from_hub
@@ -16,7 +17,7 @@ LONGEST_CAPTION = 20_000  # characters: no encoder reads so far, and tokenizing 
 
 
 def each_alone(encode):
-    """A family's encode_text, one prompt at a time: kernels round differently for another batch size, and a cache, made in
+    """A family's encode_text, one prompt at a time (so are images encoded): kernels round differently for another batch size, and a cache, made in
     larger batches, has to hold what training would compute. Encoders this large are as fast."""
 
     @wraps(encode)
@@ -60,6 +61,8 @@ class PipelineParts:
         return other, {"cache_dir": self.options.cache_dir} | ({"subfolder": "vae"} if Path(other, "vae").is_dir() else {})
 
     def load_encoders(self, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None = None) -> None:
+        if dtype == torch.float16 and self.overflows_in_fp16:
+            raise UserError(f"{self.label} overflows in fp16: use --mixed_precision bf16")
         self.text_encoders = [self.read(getattr(transformers, self.index[name][1]), "a text encoder", name, torch_dtype=dtype)
                               .requires_grad_(False).eval().to(device) for name in self.encoder_names]
         self.vae = self.read_vae(self.vae_dtype(vae_dtype or dtype)).requires_grad_(False).eval().to(device)

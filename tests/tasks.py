@@ -13,6 +13,7 @@ from common.locks import release
 from common.signals import StopSignal
 from common.train_options import parse_options
 from models.family import open_family
+from tests.stub_family import stub_family
 from training.defaults import settle_defaults
 from training.fit import Outcome, StepLoss, fit
 from training.run import Run, start_run
@@ -94,7 +95,7 @@ class FakeTask:
 def fit_fake(output: Path | str, *flags, watch=None, **faults) -> tuple[Outcome, FakeTask]:
     """fit() with a FakeTask in this process, in a folder; the folder is free again afterwards."""
     options = parse_options([*FAKE, f"--output_dir={output}", *map(str, flags)])
-    settle_defaults(options, family_stub("sd15", 64))
+    settle_defaults(options, stub_family("sd15"))
     try:
         with StopSignal() as stop:
             task = FakeTask(start_run(options, stop), **faults)
@@ -127,9 +128,3 @@ def main() -> int:
 
     fit_fake("unnamed", *sys.argv[1:])
     return 0
-
-
-def family_stub(name: str, resolution: int) -> SimpleNamespace:
-    """What training/defaults.py asks of a family."""
-    return SimpleNamespace(name=name, label=name, training_resolution=resolution, flow=name not in ("sd15", "sdxl"),
-                           ignored_options=(), sequence_length=None, steps=28, guidance=7.0, overflows_in_fp16=False)

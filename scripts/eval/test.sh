@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# test.sh sd15|sdxl UNET [flags]: generate the prompt groups with UNET under the published settings and score them with
-# the five metrics. Leaves images, manifests, scores and joint_test_{SIZE}.log beside UNET.
+# test.sh sd15|sdxl|sd3|flux|qwen_image|z_image UNET [flags]: generate the prompt groups with UNET (or a transformer, or LoRA)
+# under the published settings and score them with the five metrics. Leaves images, manifests, scores and joint_test_{SIZE}.log beside UNET.
 # Flags: --metrics, --metrics_config, --num_workers, --skip_missing, --device and --score_batch_size go to eval.score, all
 # others (--prompts, --limit, --seed, ...) to eval.generate.
 set -euo pipefail
@@ -15,7 +15,15 @@ fi
 unet="$1"; shift
 
 generate=(--prompts papv2 hpsv2 partiprompts); score=(); bucket=generate
-[ "$kind" = sdxl ] && generate+=(--sdxl)
+own() { generate+=(--pretrained_model_name_or_path "$1" --num_inference_steps "$2" --cfg "$3" --cfg_convention diffusers
+                   --scheduler default); } # steps and guidance as the base's own pipeline has them
+case "$kind" in
+  sdxl) generate+=(--sdxl) ;;
+  sd3) own stabilityai/stable-diffusion-3.5-medium 28 7 ;;
+  flux) own black-forest-labs/FLUX.1-dev 28 3.5 ;;
+  qwen_image) own Qwen/Qwen-Image 50 4 ;;
+  z_image) own Tongyi-MAI/Z-Image 50 5 ;;
+esac
 for word in "$@"; do
   case "$word" in
     --score_batch_size*) bucket=score; word="--batch_size${word#--score_batch_size}" ;;

@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import UserError
 from common.train_options import parse_options
-from tests.tasks import family_stub
+from tests.stub_family import stub_family
 from training.defaults import settle_defaults
 
 BASE = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "pairs"]
@@ -140,7 +140,7 @@ def test_every_preset_is_the_published_setting(capsys):
     for name, (beta, mu, alpha, lr) in table.items():
         options = parse_options(["--config", f"configs/train/{name}.yaml"])
         sdxl = name.startswith("sdxl")
-        settle_defaults(options, family_stub(name.split("_")[0], 1024 if sdxl else 512))
+        settle_defaults(options, stub_family(name.split("_")[0]))
         values = SimpleNamespace(**options.flat())
         assert (values.beta_dpo, values.winner_preserving_mu, values.dmpo_alpha, values.learning_rate) == (beta, mu, alpha, lr)
         assert values.train_method == name.split("_", 1)[1].replace("_", "-")
@@ -151,3 +151,19 @@ def test_every_preset_is_the_published_setting(capsys):
         assert values.sdxl == sdxl and values.resolution == (1024 if sdxl else 512)
         assert values.optimizer == ("adafactor" if sdxl else "adamw")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("preset", ["sd3_diffusion_dpo", "sd3_dspo", "sd3_dmpo", "flux_diffusion_dpo", "qwen_image_diffusion_dpo",
+                                    "z_image_diffusion_dpo"])
+def test_a_flow_preset_says_what_the_defaults_would(preset, capsys):
+    """Presets are written out, so that a reader sees the recipe; they must not drift from the defaults."""
+    options = parse_options(["--config", f"configs/train/{preset}.yaml"])
+    family = stub_family(next(name for name in ("sd3", "flux", "qwen_image", "z_image") if preset.startswith(name)))
+    settle_defaults(options, family)
+    method = options.objective.train_method
+    plain = parse_options(["--pretrained_model_name_or_path=base", "--train_data_dir=pairs", "--train_method", method])
+    settle_defaults(plain, family)
+    for name in ("beta_dpo", "winner_preserving_mu", "dmpo_alpha", "winner_preserving_granularity", "lora_rank", "lora_alpha",
+                 "resolution", "learning_rate", "max_train_steps", "mixed_precision"):
+        assert options.flat()[name] == plain.flat()[name], name
+    assert options.objective.use_winner_preserving and not capsys.readouterr().err

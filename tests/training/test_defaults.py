@@ -6,21 +6,15 @@ import pytest
 
 from common.errors import UserError
 from common.train_options import parse_options
+from tests.stub_family import stub_family
 from training.defaults import settle_defaults
 
 FAMILIES = {"sd15": 512, "sdxl": 1024}
 
 
-def base(family: str) -> SimpleNamespace:
-    flow, side = family not in FAMILIES, FAMILIES.get(family, 1024)
-    return SimpleNamespace(name=family, label=family, flow=flow, resolution=side, training_resolution=512 if flow else side,
-                           ignored_options=() if flow else ("timestep_shift",), sequence_length=256 if flow else None,
-                           overflows_in_fp16=family == "flux", guidance=3.5, steps=28)
-
-
 def settled(family: str, *flags) -> SimpleNamespace:
     options = parse_options(["--pretrained_model_name_or_path=base", "--train_data_dir=pairs", *map(str, flags)])
-    settle_defaults(options, base(family))
+    settle_defaults(options, stub_family(family))
     return SimpleNamespace(**options.flat())
 
 

@@ -5,20 +5,27 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from tests.flow_pipelines import build_flow_pipeline
 from tests.runs import continue_from
 from training.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture
+def base(request, tiny_sd15, tmp_path):
+    return tiny_sd15 if request.param == "sd15" else build_flow_pipeline(tmp_path / "base", request.param)
+
+
 @pytest.mark.slow
-def test_fsdp2_trains_saves_and_resumes(tiny_sd15, pairs_dir, tmp_path, train):
+@pytest.mark.parametrize("base", ["sd15", "sd3"], indirect=True)
+def test_fsdp2_trains_saves_and_resumes(base, pairs_dir, tmp_path, train):
     settings = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
-    environment = {name.upper().replace("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP"): str(value)
-                   for name, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
-    environment |= {"ACCELERATE_USE_CPU": "false"}
-    flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, "--resolution", 64,
+    environment = {name.upper(): str(value) for name, value in settings.items()}
+    environment |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "false"}
+    flags = ["--pretrained_model_name_or_path", base, "--lora_rank", 0, "--train_data_dir", pairs_dir, "--resolution", 64,
              "--mixed_precision", "bf16", "--max_train_steps", 2, "--lr_warmup_steps", 0, "--learning_rate", 1e-4,
              "--train_batch_size", 1, "--seed", 1, "--checkpointing_steps", 1]
     prelude = "import tests.training.fsdp_on_cpu"
@@ -31,6 +38,7 @@ def test_fsdp2_trains_saves_and_resumes(tiny_sd15, pairs_dir, tmp_path, train):
     continue_from(tmp_path / "whole", resumed, "checkpoint-2")
     told = train([*flags, "--output_dir", resumed], 2, prelude=prelude, **environment)
     assert "after step 1" in told
-    states = [torch.load(folder / "unet.pth", weights_only=True) for folder in (tmp_path / "whole", resumed)]
+    states = [load_file(next(path for path in folder.glob("*/diffusion_pytorch_model.safetensors")
+                                if path.parent.name in ("unet", "transformer"))) for folder in (tmp_path / "whole", resumed)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert {value.dtype for value in states[0].values()} == {torch.float32}
