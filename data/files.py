@@ -63,7 +63,8 @@ def read_listing(path: Path) -> datasets.Dataset:
 
 
 def _images_by_stem(folder: Path) -> dict[str, Path]:
-    paths = [path.absolute() for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    paths = [path.absolute() for path in folder.iterdir()
+             if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
     counts = Counter(path.stem for path in paths)
     _refuse(f"{folder} holds several images of one name", sorted(stem for stem, count in counts.items() if count > 1))
     return {path.stem: path for path in paths}

@@ -19,8 +19,8 @@ def load_first_shards(data: DataOptions, cache_dir: str | None = None) -> datase
     if not files:
         raise UserError(f"{data.source} lists no parquet file of the split '{data.split}' on the hub: drop --dataset_shards")
     first = files[:data.dataset_shards]
-    local = [hf_hub_download(data.source, file.path, repo_type="dataset", cache_dir=cache_dir and os.path.join(cache_dir, "hub"))
-             for file in first]
+    kept_in = cache_dir and os.path.join(cache_dir, "hub")
+    local = [hf_hub_download(data.source, file.path, repo_type="dataset", cache_dir=kept_in) for file in first]
     table = datasets.load_dataset("parquet", data_files={data.split: local}, split=data.split, cache_dir=cache_dir)
     part, whole = sum(file.size for file in first), sum(file.size for file in files)
     table.info.description = (f"the first {len(first)} of {len(files)} files, {size(part)} of {size(whole)} "

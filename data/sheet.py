@@ -48,9 +48,10 @@ def draw_pair(pairs: PairTable, index: int) -> Image.Image:
     for place, (image, column, word) in enumerate(zip(images, columns, words)):
         image.thumbnail((SIDE, SIDE))
         tile.paste(image, (place * SIDE + (SIDE - image.width) // 2, LINE + (SIDE - image.height) // 2))
-        draw.text((place * SIDE + 4, 1), f"{column} {word}"[:30], fill=(0, 110, 40) if word in ("wins", "liked") else (150, 30, 30))
-    lines = textwrap.wrap(f"{int(pairs.index[index])}: {read_caption(row, pairs.caption_column)}", len(images) * 30)[:CAPTION_LINES]
-    for number, line in enumerate(lines):
+        green = word in ("wins", "liked")
+        draw.text((place * SIDE + 4, 1), f"{column} {word}"[:30], fill=(0, 110, 40) if green else (150, 30, 30))
+    text = f"{int(pairs.index[index])}: {read_caption(row, pairs.caption_column)}"
+    for number, line in enumerate(textwrap.wrap(text, len(images) * 30)[:CAPTION_LINES]):
         printable = line.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font can draw
         draw.text((4, LINE + SIDE + 2 + number * LINE), printable, fill="black")
     return tile

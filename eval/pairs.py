@@ -106,11 +106,13 @@ def row_of(prompt: str, images: list[Candidate], pair: Found, metrics: list[str]
     """A row of Pick-a-Pic's columns, and where it comes from. Which side the winner is on follows from the images, so that
     image 0 wins about half of the pairs, and the same ones every time."""
     winner, loser = images[pair.winner], images[pair.loser]
-    sides = [winner, loser] if int(hashlib.sha256(f"{winner.sha256}{loser.sha256}".encode()).hexdigest(), 16) % 2 else [loser, winner]
+    coin = hashlib.sha256(f"{winner.sha256}{loser.sha256}".encode()).digest()[0] % 2
+    sides = [winner, loser] if coin else [loser, winner]
     row = {"caption": prompt, **{f"jpg_{side}": image.path.read_bytes() for side, image in enumerate(sides)},
            "label_0": float(sides[0] is winner)}
     for side, image in enumerate(sides):
-        row |= {f"model_{side}": image.model, f"seed_{side}": image.seed} | {f"{name}_{side}": image.scores[name] for name in metrics}
+        row |= {f"model_{side}": image.model, f"seed_{side}": image.seed}
+        row |= {f"{name}_{side}": image.scores[name] for name in metrics}
     return row | {"gap": pair.gap}
 
 
@@ -132,7 +134,8 @@ def write_pairs(candidates: dict[str, list[Candidate]], chosen: dict[str, list[F
     places = [(prompt, pair) for prompt, pairs in chosen.items() for pair in pairs]
     try:
         for number, start in enumerate(range(0, len(places), ROWS_PER_FILE)):
-            rows = [row_of(prompt, candidates[prompt], pair, options.metrics) for prompt, pair in places[start:start + ROWS_PER_FILE]]
+            rows = [row_of(prompt, candidates[prompt], pair, options.metrics)
+                    for prompt, pair in places[start:start + ROWS_PER_FILE]]
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), aside / f"train-{number:05}.parquet")
         versions = {manifest: (read_json(Path(manifest).with_name(f"{Path(manifest).stem}_scores.json")) or {}).get("metrics")
                     for manifest in options.manifests}

@@ -69,12 +69,13 @@ def report(task: Task, run: Run, family: Family, peak: float, step_time: float, 
     asked = options.optimizer.gradient_accumulation_steps
     how = f"; measured on {measured} of its {asked} micro-steps" if measured < asked else ""
     lines = {
-        "memory": f"peak {peak:.2f} GiB of {total_memory(run.device):.1f} GiB" + (" per device" if run.device.type == "cuda" else
-                                                                                  ", of the process"),
+        "memory": f"peak {peak:.2f} GiB of {total_memory(run.device):.1f} GiB, "
+                  + ("per device" if run.device.type == "cuda" else "of the process"),
         "time": f"{step_time:.3g} s per step, {pairs_per_step / step_time:.3g} pairs/s (the first took {first:.3g} s{how})",
     }
     if task.max_steps:
-        lines["whole run"] = f"{task.max_steps} steps in {words(task.max_steps * step_time)}, loading, checkpoints and validation aside"
+        lines["whole run"] = (f"{task.max_steps} steps in {words(task.max_steps * step_time)}, loading, checkpoints and "
+                              "validation aside")
         lines["disk"] = disk(task, run)
     lines |= {name: found for name, advice in (("less memory", what_lowers_memory(task, run, family)),
                                                ("less time", what_lowers_time(run)), ("less disk", what_lowers_disk(task, run)))
@@ -114,8 +115,8 @@ def disk(task: Task, run: Run) -> str:
     result = 2 * sum(4 * parameter.numel() for parameter in task.trained.parameters())  # the weights, and in the pipeline
     folder = next(path for path in (run.output_dir.absolute(), *run.output_dir.absolute().parents) if path.is_dir())
     free, needed = shutil.disk_usage(folder).free, count * one + result
-    return (f"{count} checkpoint{'s' * (count > 1)} of {one / GIB:.3g} GiB, the result {result / GIB:.3g} GiB and the base's other "
-            f"parts; {free / GIB:.3g} GiB are free" + (": NOT ENOUGH" if free < needed else ""))
+    return (f"{count} checkpoint{'s' * (count > 1)} of {one / GIB:.3g} GiB, the result {result / GIB:.3g} GiB and the base's "
+            f"other parts; {free / GIB:.3g} GiB are free" + (": NOT ENOUGH" if free < needed else ""))
 
 
 def total_memory(device: torch.device) -> float:
