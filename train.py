@@ -56,7 +56,8 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         run.accelerator.end_training()
         if left:
             run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
-            trained = run.output_dir / family.weights_file if family.backbone == "unet" else run.output_dir
+            whole = family.backbone == "unet" and (options.model.merge_lora or not task.policy.lora)
+            trained = run.output_dir / family.weights_file if whole else run.output_dir
             run.say(f"Next: bash scripts/eval/test_{family.name}.sh {trained}")
             if options.run.push_to_hub and run.main:
                 from training.hub import push

@@ -29,8 +29,12 @@ class ModelOptions:
                             default_text="0; flow matching 32, Qwen-Image 64")
     lora_alpha: float | None = option(None, "LoRA is scaled by this over its rank", above=0,
                                       default_text="the rank; flow matching twice the rank")
-    merge_lora: bool = option(False, "leave the whole pipeline with the LoRA merged, beside the adapter (UNets: always)",
-                              free=True)
+    lora_dropout: float = option(0.0, "share of LoRA's inputs that is dropped in training", at_least=0, below=1)
+    lora_targets: list[str] = option([], "layers that get LoRA, by the end of their names",
+                                     default_text="the base's own: attention; flow matching also the feed-forward layers")
+    merge_lora: bool | None = option(None, "leave the whole pipeline with the LoRA merged, beside the adapter", free=True,
+                                     default_text="on; off for flow matching, whose networks are large")
+    no_merged_result: bool = option(False, "leave LoRA's adapter alone: the same as --merge_lora false", free=True)
     max_sequence_length: int | None = option(
         None, "tokens of a caption that flow-matching bases read", at_least=16,
         default_text="SD3 256, others 512; SD1.5 and SDXL read 77, always")
@@ -276,6 +280,12 @@ def check_options(options: TrainOptions) -> None:
     if optimizer.max_train_steps == 0 and optimizer.num_train_epochs == 0:
         raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
     check_data_options(data, objective)
+    if model.no_merged_result:
+        if model.merge_lora:
+            raise UserError("--no_merged_result and --merge_lora contradict each other: drop one")
+        model.merge_lora = False
+    if model.lora_dropout and objective.train_method == "spo":
+        raise UserError("--lora_dropout does not go with spo, whose policy samples its own pairs: drop it")
     if objective.reference_ema is not None and model.lora_rank:
         raise UserError("--reference_ema needs a reference of its own, and LoRA's is the policy without its adapter: drop one")
     if objective.fixed_lambda is not None and objective.use_winner_preserving:
