@@ -113,6 +113,7 @@ class CompareOptions:
     pair_by: Literal["prompt", "index"] = option(
         "prompt", "prompt: same prompts, repeated ones in order; index: same position in the manifests")
     ties_policy: Literal["half", "exclude"] = option("half", "a tie counts one half, or is left out of the win rate")
+    votes: list[str] | None = option(None, "votes.json of eval.judge's pages, of one judge or several: a Human row")
     no_report: bool = option(False, "write no report.html")
 
 
