@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from common.errors import quiet_libraries, run_program
 from spo.options import SPOOptions, check_spo_options
 from common.train_options import TrainOptions, parse_options
+from prompts import prompts_of
 
 if TYPE_CHECKING:
     from training.fit import Outcome, Watch
@@ -25,6 +26,8 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
     mend. Nothing heavy is imported before the options are known to be good and the base to be there.
     """
     start = time.monotonic()
+    options.run.validation_prompts = prompts_of(options.run.validation_prompts)
+
     # 1. The base: which family it is, and what follows from that.
     from models.family import open_family
     family = open_family(options.model)

@@ -25,7 +25,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 from transformers import CLIPTextModel
 
 from shapes.drawing import (COLOURS, FLAW_NAMES, KINDS, POSITIONS, SIZES, Drawing, Flaws, caption, random_drawing,
@@ -35,6 +34,7 @@ from shapes.pairs import pair_row, write_rows
 from shapes.pipeline import (GUIDANCE_SCALE, SHIPPED, assemble, base_pipeline, clip_tokenizer, draw_images,
                              text_config)
 from common.errors import run_program
+from common.progress import progress_bar
 
 RESOLUTION = 32
 TEXT_WIDTH = 64
@@ -77,7 +77,7 @@ def train_vae(steps: int, decoder_steps: int, seed: int, num_images: int = 10_00
     decoder is trained on alone."""
     rng = random.Random(seed)
     images = np.stack([np.asarray(render(random_drawing(rng), RESOLUTION, _any_flaws(rng)))
-                       for _ in tqdm(range(num_images), desc="drawing", mininterval=10)])
+                       for _ in progress_bar(range(num_images), desc="drawing")])
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
                         block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=1, latent_channels=4,
@@ -180,7 +180,7 @@ def write_training_pairs(folder: Path, num_pairs: int, seed: int) -> None:
     """Two drawings of the mixture per caption, seen captions only, labelled at random: what train.py's sft reads."""
     rng = random.Random(seed)
     rows = []
-    for _ in tqdm(range(num_pairs), desc="pairs", mininterval=10):
+    for _ in progress_bar(range(num_pairs), desc="pairs"):
         drawing = sample_drawing(rng, unseen=False)
         first, second = (render(drawing, RESOLUTION, mixed_flaws(rng)) for _ in range(2))
         rows.append(pair_row(caption(drawing), first, second, rng))

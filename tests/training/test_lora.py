@@ -14,7 +14,7 @@ from models.family import open_family
 from models.lora import LORA_FILE, read_metadata
 from models.networks import load_network
 
-LORA = ["--mixed_precision=no", "--resolution=32", "--lora_rank=2", "--lora_alpha=6", "--learning_rate=1e-2", "--no_merged_result"]
+LORA = ["--mixed_precision=no", "--resolution=64", "--lora_rank=2", "--lora_alpha=6", "--learning_rate=1e-2", "--no_merged_result"]
 
 
 def unet_of(base, source=None):
@@ -139,7 +139,7 @@ def test_dropout_leaves_the_first_step_exact_and_changes_the_second(flags, train
         return [line["train_loss"] for line in train_run([*flags, "--max_train_steps=3", *more])]
 
     with_it, without = losses("--lora_dropout=0.5"), losses()
-    assert with_it[0] == without[0] == pytest.approx(math.log(2), abs=0) and with_it[2] != without[2]
+    assert with_it[0] == without[0] == torch.tensor(math.log(2.0)).item() and with_it[2] != without[2]
     assert losses("--lora_dropout=0.5") == with_it
 
 
@@ -156,7 +156,7 @@ def test_targets_are_the_layers_that_get_it(flags, train_run, tiny_sd15, tmp_pat
     assert layers == {name for name in named if name.endswith(tuple(f".{target}" for target in targets))}
     merged, plain = unet_of(tiny_sd15, tmp_path), unet_of(tiny_sd15)
     assert {name.removesuffix(".weight") for name in plain if not torch.equal(plain[name], merged[name])} == layers
-    assert "warning" not in capsys.readouterr().err.replace("no GPU", "")
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_targets_that_no_layer_has_are_refused(flags, train_run):
@@ -166,6 +166,6 @@ def test_targets_that_no_layer_has_are_refused(flags, train_run):
 
 def test_without_lora_its_options_are_warned_of(tiny_sd15, pairs_dir, train_run, capsys):
     train_run(["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, "--mixed_precision=no",
-               "--resolution=32", "--max_train_steps=1", "--lora_dropout=0.5", "--lora_alpha=4"])
+               "--resolution=64", "--max_train_steps=1", "--lora_dropout=0.5", "--lora_alpha=4"])
     told = capsys.readouterr().err
     assert "--lora_dropout does nothing here" in told and "--lora_alpha does nothing here" in told
