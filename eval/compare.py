@@ -79,7 +79,7 @@ def compare_metric(metric: str, pairs: list[tuple[str, ScoredImage, ScoredImage]
 
 def summarise(rows: list[dict], options: CompareOptions, pairing: dict) -> dict:
     """summary.json; averages and Holm's correction are over the metrics of `rows` that are trained."""
-    trained = [row for row in rows if not row["untrained"]]
+    trained = [row for row in rows if not row.get("untrained")]
     for row, adjusted in zip(trained, holm([row["sign_test_p"] for row in trained])):
         row["sign_test_p_holm"] = adjusted
     half = options.ties_policy == "half"
