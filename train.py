@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
 from common.train_options import TrainOptions, parse_options
+from prompts import prompts_of
 from spo.options import SPOOptions, check_spo_options
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
     options are known to be good and the base to be there.
     """
     start = time.monotonic()
+    options.run.validation_prompts = prompts_of(options.run.validation_prompts)
+
     # 1. The base: which family it is, and what follows from that.
     from models.family import open_family
     family = open_family(options.model)
@@ -68,7 +71,8 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
         run.accelerator.end_training()
         if left:
             run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
-            trained = run.output_dir / family.weights_file if family.backbone == "unet" else run.output_dir
+            whole = family.backbone == "unet" and (options.model.merge_lora or not task.policy.lora)
+            trained = run.output_dir / family.weights_file if whole else run.output_dir
             run.say(f"Next: bash scripts/eval/test_{family.name}.sh {trained}")
             if options.run.push_to_hub and run.main:
                 from training.hub import push

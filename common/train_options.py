@@ -5,11 +5,16 @@ Defaults that depend on the method or the base are None here, and settled by tra
 
 import os
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from common.errors import UserError, warn
 from common.options import declaration, default_of, option, parse, warn_of_ignored
 
+TRACKERS = {  # accelerate's, and the packages of which each needs one
+    "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",), "comet_ml": ("comet_ml",),
+    "aim": ("aim",), "mlflow": ("mlflow",), "clearml": ("clearml",), "dvclive": ("dvclive",), "swanlab": ("swanlab",),
+}
 PAIRWISE = ("diffusion-dpo", "dspo", "dmpo", "mapo", "poly-dpo", "linear-dpo", "ipo", "dpop", "kto")
 WITH_BETA = tuple(method for method in PAIRWISE if method != "mapo")
 REFERENCE_FREE = ("sft", "mapo")
@@ -29,8 +34,12 @@ class ModelOptions:
                             default_text="0; flow matching 32, Qwen-Image 64")
     lora_alpha: float | None = option(None, "LoRA is scaled by this over its rank", above=0,
                                       default_text="the rank; flow matching twice the rank")
-    merge_lora: bool = option(False, "leave the whole pipeline with the LoRA merged, beside the adapter (UNets: always)",
-                              free=True)
+    lora_dropout: float = option(0.0, "share of LoRA's inputs that is dropped in training", at_least=0, below=1)
+    lora_targets: list[str] = option([], "layers that get LoRA, by the end of their names",
+                                     default_text="the base's own: attention; flow matching also the feed-forward layers")
+    merge_lora: bool | None = option(None, "leave the whole pipeline with the LoRA merged, beside the adapter", free=True,
+                                     default_text="on; off for flow matching, whose networks are large")
+    no_merged_result: bool = option(False, "leave LoRA's adapter alone: the same as --merge_lora false", free=True)
     max_sequence_length: int | None = option(
         None, "tokens of a caption that flow-matching bases read", at_least=16,
         default_text="SD3 256, others 512; SD1.5 and SDXL read 77, always")
@@ -220,7 +229,8 @@ class RunOptions:
     logging_dir: str = option("logs", "tracker files, inside output_dir", free=True)
     report_to: str = option("tensorboard", "tracker of accelerate: tensorboard, wandb, ..., all or none", free=True)
     tracker_project_name: str = option("tuning", "project name in the tracker", free=True)
-    validation_prompts: list[str] = option([], "prompts drawn by policy and reference from the same noise", free=True)
+    validation_prompts: list[str] = option([], "prompts drawn by policy and reference from the same noise, or files of them "
+                                               "(.txt, .json)", free=True)
     validation_steps: int = option(500, "optimizer steps between validations", at_least=1, free=True)
     validation_guidance: float = option(7.5, "guidance scale of the validation images, in diffusers' sense", above=0,
                                         needs="validation_prompts", free=True)
@@ -292,6 +302,12 @@ def check_options(options: TrainOptions) -> None:
     if optimizer.max_train_steps == 0 and optimizer.num_train_epochs == 0:
         raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
     check_data_options(data, objective)
+    if model.no_merged_result:
+        if model.merge_lora:
+            raise UserError("--no_merged_result and --merge_lora contradict each other: drop one")
+        model.merge_lora = False
+    if model.lora_dropout and objective.train_method == "spo":
+        raise UserError("--lora_dropout does not go with spo, whose policy samples its own pairs: drop it")
     if objective.reference_ema is not None and model.lora_rank:
         raise UserError("--reference_ema needs a reference of its own, and LoRA's is the policy without its adapter: drop one")
     if objective.fixed_lambda is not None and objective.use_winner_preserving:
@@ -319,6 +335,7 @@ def check_run_options(options: TrainOptions) -> None:
         raise UserError("name the base model: --pretrained_model_name_or_path (a diffusers folder or a hub id)")
     if not run.output_dir.strip():
         raise UserError("--output_dir names no folder")
+    check_tracker(run.report_to)
     if data.resolution is not None and data.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}")
     for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("unet_init", model.unet_init),
@@ -328,6 +345,17 @@ def check_run_options(options: TrainOptions) -> None:
             raise UserError(f"--output_dir is --{name} itself, which the result would overwrite: name another folder")
     if run.seed is not None and run.seed >= 2**63:
         raise UserError(f"--seed must lie in [0, 2^63), not {run.seed}")
+
+
+def check_tracker(name: str) -> None:
+    """accelerate leaves a tracker whose package is missing out without a word. Raises UserError."""
+    if name in ("all", "none"):
+        return
+    if name not in TRACKERS:
+        raise UserError(f"--report_to {name} is no tracker that accelerate knows: {', '.join(TRACKERS)}, all or none")
+    if not any(find_spec(package) for package in TRACKERS[name]):
+        raise UserError(f"--report_to {name}: the package {TRACKERS[name][0]} is not installed: pip install {TRACKERS[name][0]}, "
+                        "or --report_to none")
 
 
 def check_data_options(data: DataOptions, objective: ObjectiveOptions) -> None:

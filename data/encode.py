@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from common.errors import UserError
 from common.files import digest, whole_file, write_json
 from common.locks import LOCK_FILE, hold, release
+from common.progress import progress_bar
 from common.train_options import DataOptions, TrainOptions
 from data.bad_pairs import BadPair, decode_images, read_row, usable_captions
 from data.cached import MANIFEST, PROMPTS, ROWS, SETTINGS, cache_settings, read_settings, with_checks
@@ -104,7 +104,7 @@ def write_pairs(folder: Path, table: datasets.Dataset, columns: list[str], famil
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=worker_count(data.dataloader_num_workers),
                         pin_memory=accelerator.device.type == "cuda")
     moments, faults = [], {}
-    for batch in tqdm(loader, desc="caching", unit="batch", disable=not accelerator.is_local_main_process):
+    for batch in progress_bar(loader, desc="caching", unit="batch", disable=not accelerator.is_local_main_process):
         pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
         moments.append(encode_views(family, pixels, flips=not data.no_hflip).cpu())
         faults |= {int(row): json.loads(found) for row, found in zip(batch["row"], batch["faults"]) if found}

@@ -7,8 +7,8 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
+from common.progress import progress_bar
 from common.train_options import DataOptions
 from data.bad_pairs import BadPair, decode_images, read_caption, read_row
 from data.layouts import find_layout
@@ -43,8 +43,8 @@ def ai_feedback_labels(table: datasets.Dataset, data: DataOptions, output_dir: P
            if not score_file(folder, start).is_file()]
     if own:
         scorer = load_metric(data.choice_model, device=str(accelerator.device), config=data.metrics_config)
-        for start in tqdm(own, desc=f"{data.choice_model} labels", unit_scale=ROWS_A_FILE, unit="pair",
-                          disable=not accelerator.is_local_main_process, dynamic_ncols=True):
+        for start in progress_bar(own, desc=f"{data.choice_model} labels", unit_scale=ROWS_A_FILE, unit="pair",
+                                  disable=not accelerator.is_local_main_process):
             scores = score_rows(table, range(start, min(start + ROWS_A_FILE, len(table))), columns, scorer)
             aside = folder / f".{start}.partial.npy"
             np.save(aside, scores)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import write_text
+from common.progress import progress_bar
 from common.train_options import DataOptions, TrainOptions
 from data.bad_pairs import BadPair, read_caption, read_row
 from data.contradictions import contradictions
@@ -112,7 +112,7 @@ def look_through(pairs: PairTable, data: DataOptions, workers: int, winners_only
     quick = DataOptions(**vars(data) | {"resolution": DECODED_AT, "proportion_empty_prompts": 0.0, "random_crop": False})
     loader = torch.utils.data.DataLoader(CheckedPairs(pairs, quick, winners_only), batch_size=32, collate_fn=list,
                                          num_workers=workers)
-    bar = tqdm(total=len(pairs), unit="pair", desc="checking", dynamic_ncols=True)
+    bar = progress_bar(total=len(pairs), unit="pair", desc="checking")
     reports = []
     for batch in loader:
         reports += batch

@@ -17,6 +17,7 @@ from common.errors import UserError, run_program
 from common.options import option, parse
 from eval.metrics import METRICS
 from eval.pages import place_images, write_page
+from eval.settings import settings_table
 
 INLINE_PAIRS = 150
 
@@ -68,9 +69,10 @@ def write_report(folder: str | Path, images: str = "auto") -> Path:
     summary, pair_files = read_comparison(folder)
     pairs = len(next(iter(pair_files.values()))["results"])
     inline = images == "inline" or (images == "auto" and pairs <= INLINE_PAIRS)
-    labels = {metric: METRICS[metric].label for metric in pair_files}
+    labels = {row["metric"]: row.get("label") or METRICS[row["metric"]].label for row in summary["metrics"]}
+    settings = settings_table(summary["models"]) if "models" in summary else []
     return write_page(
-        folder / "report.html", "report.html.j2", summary=summary, labels=labels, pairs=pairs,
+        folder / "report.html", "report.html.j2", summary=summary, labels=labels, pairs=pairs, settings=settings,
         data={"labelA": summary["pair"]["model_a"], "labelB": summary["pair"]["model_b"], "metrics": list(labels.items()),
               "pairs": page_data(folder, pair_files, inline), "votes": summary.get("human", {}).get("by_pair")})
 

@@ -44,8 +44,8 @@ class PreferenceTask(StoredPairs):
         self.name, self.trained = options.objective.train_method, policy.network
         decay = options.objective.reference_ema
         self.moving = MovingReference(policy, decay) if decay is not None and policy.reference is not None else None
-        self.weights = (LoraWeights(family) if policy.lora else WholeWeights(family.weights_file) if self.moving is None
-                        else WeightsAndReference(family.weights_file, reference=self.moving))
+        self.weights = (LoraWeights(family, run) if policy.lora else WholeWeights(family.weights_file) if self.moving is None
+                        else WeightsAndReference(family.weights_file, self.moving))
         if self.moving and sharded(run.accelerator):
             raise UserError("--reference_ema needs whole weights on every device: train with DDP")
         self.config = loss_config(options.objective, family.name)
@@ -128,7 +128,8 @@ class PreferenceTask(StoredPairs):
             "method": f"{self.name}{beta}, safeguard {safeguard}",
             "base": f"{options.model.pretrained_model_name_or_path} ({self.family.label}, {options.data.resolution} px)"
                     + (f", weights of {options.model.unet_init}" if options.model.unet_init else ""),
-            "policy": f"LoRA rank {options.model.lora_rank}" if self.policy.lora else "whole network, float32 weights",
+            "policy": (f"LoRA rank {options.model.lora_rank}, alpha {options.model.lora_alpha:g}" if self.policy.lora
+                       else "whole network, float32 weights"),
             "reference": reference + (f", moving average of decay {objective.reference_ema:g}" if self.moving else ""),
             "precision": f"{options.memory.mixed_precision}, errors in float32",
             "pairs": "; ".join([f"{len(self.pairs)} of {options.data.source or options.data.cached_dataset}",

@@ -18,9 +18,11 @@ PROMPTS = ["a red cat", "naïve café in 東京", "<img src=x onerror=alert(1)>"
 
 @pytest.fixture(scope="session")
 def metrics_config(tmp_path_factory) -> Path:
-    """metrics.yaml of small random models of every metric's class."""
+    """metrics.yaml of small random models of every metric's class, which it does not call untrained."""
     from shapes.tiny_metrics import write_tiny_metrics
-    return write_tiny_metrics(tmp_path_factory.mktemp("metrics"), image_size=64, patch_size=16)
+    config = write_tiny_metrics(tmp_path_factory.mktemp("metrics"), image_size=64, patch_size=16)
+    config.write_text(config.read_text().replace("  untrained: true\n", ""))
+    return config
 
 
 @pytest.fixture(scope="session")
