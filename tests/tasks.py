@@ -4,7 +4,6 @@ As a program it trains that line, for tests of several processes: python -m test
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn

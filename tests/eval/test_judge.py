@@ -1,6 +1,5 @@
 """The judging page, driven by headless Chromium, and what the program puts into it."""
 
-import json
 import random
 
 import numpy as np
