@@ -253,7 +253,7 @@ def _instruments(paths):
     return Section("How good is the output-space lambda?", "Diffusion-DPO: the share of steps after which the same batch's "
                    "mean winner error (same noise and timesteps) had risen, under each kind of lambda; intervals are "
                    "Wilson's over steps. The parameter-space lambda takes two backward passes. Time: median processor "
-                   "milliseconds of a step, without the reference's forward pass.",
+                   "milliseconds of a step, the reference's forward pass included.",
                    ["optimizer", "rate", "lambda from", "mu", "mean lambda", "share of steps that raised it",
                     "mean change", "ms"], rows)
 
