@@ -11,20 +11,29 @@ import time
 from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
-from spo.options import SPOOptions, check_spo_options
 from common.train_options import TrainOptions, parse_options
+from prompts import prompts_of
+from spo.options import SPOOptions, check_spo_options
 
 if TYPE_CHECKING:
-    from training.fit import Outcome, Watch
+    from collections.abc import Callable
+
+    from models.family import Family
+    from training.fit import Outcome, Task, Watch
+    from training.run import Run
 
 
-def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
+def train(options: TrainOptions, watch: "Watch | None" = None,
+          make_task: "Callable[[Run, Family], Task] | None" = None) -> "Outcome":
     """Train as the options say, and leave the result in their output_dir; a library call.
 
-    watch(step, network, scalars) is called before the first step and after each. Raises UserError for what the user can
-    mend. Nothing heavy is imported before the options are known to be good and the base to be there.
+    watch(step, network, scalars) is called before the first step and after each. make_task: for experiments, what makes
+    another task than the options name. Raises UserError for what the user can mend. Nothing heavy is imported before the
+    options are known to be good and the base to be there.
     """
     start = time.monotonic()
+    options.run.validation_prompts = prompts_of(options.run.validation_prompts)
+
     # 1. The base: which family it is, and what follows from that.
     from models.family import open_family
     family = open_family(options.model)
@@ -34,18 +43,22 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
     # 2. The run: devices, folder, seed.
     from common.signals import StopSignal
     from models.devices import shard_by
-    from training.fit import fit
+    from training.fit import Outcome, fit
     from training.run import start_run
     with StopSignal() as stop:
         run = start_run(options, stop)
         shard_by(run.accelerator, family.compiled_blocks)
 
         # 3. What is learned from what: pairs or prompts, policy and reference.
-        if options.objective.train_method == "spo":
+        if make_task is None and options.objective.train_method == "spo":
             from spo.task import make_task  # online: it samples its pairs itself, from prompts
-        else:
+        elif make_task is None:
             from training.preference import make_task
         task = make_task(run, family)
+        if options.run.dry_run:
+            from training.dry_run import STEPS, dry_run
+            dry_run(task, run, family)
+            return Outcome(STEPS, finished=False)
 
         # 4. The loop.
         outcome = fit(task, run, watch)
@@ -58,7 +71,8 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
         run.accelerator.end_training()
         if left:
             run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
-            trained = run.output_dir / family.weights_file if family.backbone == "unet" else run.output_dir
+            whole = family.backbone == "unet" and (options.model.merge_lora or not task.policy.lora)
+            trained = run.output_dir / family.weights_file if whole else run.output_dir
             run.say(f"Next: bash scripts/eval/test_{family.name}.sh {trained}")
             if options.run.push_to_hub and run.main:
                 from training.hub import push

@@ -5,11 +5,16 @@ Defaults that depend on the method or the base are None here, and settled by tra
 
 import os
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from common.errors import UserError, warn
 from common.options import declaration, default_of, option, parse, warn_of_ignored
 
+TRACKERS = {  # accelerate's, and the packages of which each needs one
+    "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",), "comet_ml": ("comet_ml",),
+    "aim": ("aim",), "mlflow": ("mlflow",), "clearml": ("clearml",), "dvclive": ("dvclive",), "swanlab": ("swanlab",),
+}
 PAIRWISE = ("diffusion-dpo", "dspo", "dmpo", "mapo", "poly-dpo", "linear-dpo", "ipo", "dpop", "kto")
 WITH_BETA = tuple(method for method in PAIRWISE if method != "mapo")
 REFERENCE_FREE = ("sft", "mapo")
@@ -29,8 +34,12 @@ class ModelOptions:
                             default_text="0; flow matching 32, Qwen-Image 64")
     lora_alpha: float | None = option(None, "LoRA is scaled by this over its rank", above=0,
                                       default_text="the rank; flow matching twice the rank")
-    merge_lora: bool = option(False, "leave the whole pipeline with the LoRA merged, beside the adapter (UNets: always)",
-                              free=True)
+    lora_dropout: float = option(0.0, "share of LoRA's inputs that is dropped in training", at_least=0, below=1)
+    lora_targets: list[str] = option([], "layers that get LoRA, by the end of their names",
+                                     default_text="the base's own: attention; flow matching also the feed-forward layers")
+    merge_lora: bool | None = option(None, "leave the whole pipeline with the LoRA merged, beside the adapter", free=True,
+                                     default_text="on; off for flow matching, whose networks are large")
+    no_merged_result: bool = option(False, "leave LoRA's adapter alone: the same as --merge_lora false", free=True)
     max_sequence_length: int | None = option(
         None, "tokens of a caption that flow-matching bases read", at_least=16,
         default_text="SD3 256, others 512; SD1.5 and SDXL read 77, always")
@@ -65,12 +74,19 @@ class MemoryOptions:
 class DataOptions:
     title = "data"
 
-    dataset_name: str | None = option(None, "preference pairs: a hub id or a local folder or parquet file")
+    dataset_name: str | None = option(None, "preference pairs: a hub id, or as --train_data_dir")
     dataset_config_name: str | None = option(None, "configuration of the hub dataset")
-    train_data_dir: str | None = option(None, "local folder (parquet, or saved by datasets) of the same columns")
+    train_data_dir: str | None = option(None, "local pairs: a folder (parquet, saved by datasets, or images in w/ and "
+                                        "l/), or a file (parquet, or a JSONL or CSV of paths)")
     split: str = option("train", "split of the dataset; only 'train' is shuffled")
-    image_column: str = option("image", "image column of a dataset without pairs", methods=("sft",))
-    caption_column: str = option("caption", "caption column")
+    dataset_shards: int | None = option(None, "download only the split's first N parquet files of a hub dataset", at_least=1)
+    image_column: str = option("image", "image column of a dataset without pairs", methods=("sft", "kto"))
+    caption_column: str = option("caption", "caption column", default_text="caption, or else prompt or text")
+    winner_column: str | None = option(None, "image column of the winners, where the layout is not a known one",
+                                       needs="loser_column", methods=OFFLINE)
+    loser_column: str | None = option(None, "image column of the losers", needs="winner_column", methods=OFFLINE)
+    label_column: list[str] = option([], "column that decides: the first image's share of the votes; or two of scores; of "
+                                     "single images whether each is liked", methods=OFFLINE)
     max_train_samples: int | None = option(None, "use a seeded shuffle's first N pairs (spo: prompts)", at_least=1)
     resolution: int | None = option(None, "training size in pixels", at_least=8,
                                     default_text="the base's own: SD1.5 512, SDXL 1024; flow matching 512 at most")
@@ -152,6 +168,14 @@ class ObjectiveOptions:
         return self.train_method == "sft"
 
     @property
+    def needs_pairs(self) -> str | None:
+        """An option in use that means nothing for single images, if any."""
+        if self.winners_only:
+            return None
+        return next((name for name in ("use_winner_preserving", "winner_error_weight", "fixed_lambda")
+                     if getattr(self, name) not in (None, False, 0.0)), None)
+
+    @property
     def safeguards_parameters(self) -> bool:
         return self.use_winner_preserving and not self.winners_only and self.winner_preserving_space == "parameter"
 
@@ -205,7 +229,8 @@ class RunOptions:
     logging_dir: str = option("logs", "tracker files, inside output_dir", free=True)
     report_to: str = option("tensorboard", "tracker of accelerate: tensorboard, wandb, ..., all or none", free=True)
     tracker_project_name: str = option("tuning", "project name in the tracker", free=True)
-    validation_prompts: list[str] = option([], "prompts drawn by policy and reference from the same noise", free=True)
+    validation_prompts: list[str] = option([], "prompts drawn by policy and reference from the same noise, or files of them "
+                                               "(.txt, .json)", free=True)
     validation_steps: int = option(500, "optimizer steps between validations", at_least=1, free=True)
     validation_guidance: float = option(7.5, "guidance scale of the validation images, in diffusers' sense", above=0,
                                         needs="validation_prompts", free=True)
@@ -214,6 +239,7 @@ class RunOptions:
     push_to_hub: bool = option(False, "upload the trained pipeline, with a model card", free=True)
     hub_model_id: str | None = option(None, "repository to push to (default: the name of output_dir)", needs="push_to_hub",
                                       free=True)
+    dry_run: bool = option(False, "take two steps, report memory, time and disk of the whole run, and leave nothing", free=True)
     local_rank: int = option(-1, "accepted and ignored: accelerate knows the rank", free=True)
 
 
@@ -276,6 +302,12 @@ def check_options(options: TrainOptions) -> None:
     if optimizer.max_train_steps == 0 and optimizer.num_train_epochs == 0:
         raise UserError("--max_train_steps 0 needs --num_train_epochs of at least 1")
     check_data_options(data, objective)
+    if model.no_merged_result:
+        if model.merge_lora:
+            raise UserError("--no_merged_result and --merge_lora contradict each other: drop one")
+        model.merge_lora = False
+    if model.lora_dropout and objective.train_method == "spo":
+        raise UserError("--lora_dropout does not go with spo, whose policy samples its own pairs: drop it")
     if objective.reference_ema is not None and model.lora_rank:
         raise UserError("--reference_ema needs a reference of its own, and LoRA's is the policy without its adapter: drop one")
     if objective.fixed_lambda is not None and objective.use_winner_preserving:
@@ -303,6 +335,7 @@ def check_run_options(options: TrainOptions) -> None:
         raise UserError("name the base model: --pretrained_model_name_or_path (a diffusers folder or a hub id)")
     if not run.output_dir.strip():
         raise UserError("--output_dir names no folder")
+    check_tracker(run.report_to)
     if data.resolution is not None and data.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}")
     for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("unet_init", model.unet_init),
@@ -314,12 +347,33 @@ def check_run_options(options: TrainOptions) -> None:
         raise UserError(f"--seed must lie in [0, 2^63), not {run.seed}")
 
 
+def check_tracker(name: str) -> None:
+    """accelerate leaves a tracker whose package is missing out without a word. Raises UserError."""
+    if name in ("all", "none"):
+        return
+    if name not in TRACKERS:
+        raise UserError(f"--report_to {name} is no tracker that accelerate knows: {', '.join(TRACKERS)}, all or none")
+    if not any(find_spec(package) for package in TRACKERS[name]):
+        raise UserError(f"--report_to {name}: the package {TRACKERS[name][0]} is not installed: pip install {TRACKERS[name][0]}, "
+                        "or --report_to none")
+
+
 def check_data_options(data: DataOptions, objective: ObjectiveOptions) -> None:
     if objective.train_method != "spo" and data.source is None and data.cached_dataset is None:
         raise UserError("name the preference pairs: --dataset_name (hub id, folder or parquet) or --train_data_dir")
     if data.cached_dataset and data.choice_model and data.source is None:
         raise UserError("--choice_model looks at the images, which a cache does not hold: name them too, with "
                         "--train_data_dir or --dataset_name")
+    for one, other in (("winner_column", "loser_column"), ("loser_column", "winner_column")):
+        if getattr(data, one) and not getattr(data, other):
+            raise UserError(f"--{one} needs --{other}: name both image columns of a pair")
+    if data.winner_column and data.winner_column == data.loser_column:
+        raise UserError(f"--winner_column and --loser_column are both {data.winner_column}: a pair has two images")
+    if len(data.label_column) > 2:
+        raise UserError(f"--label_column takes one column, or two of scores, not {len(data.label_column)}")
+    if data.dataset_shards and data.is_local:
+        raise UserError(f"--dataset_shards is for a dataset on the hub, {data.source} is here: drop it, or take "
+                        "--max_train_samples")
     if data.cached_dataset and data.random_crop:
         raise UserError("--cached_dataset holds centre crops: drop --random_crop, or train without a cache")
 

@@ -17,15 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from common.errors import UserError
 from common.files import digest, whole_file, write_json
 from common.locks import LOCK_FILE, hold, release
+from common.progress import progress_bar
 from common.train_options import DataOptions, TrainOptions
 from data.bad_pairs import BadPair, decode_images, read_row, usable_captions
 from data.cached import MANIFEST, PROMPTS, ROWS, SETTINGS, cache_settings, read_settings, with_checks
 from data.images import cut_square, scale_pixels
+from data.layouts import caption_column
 from data.pairs import worker_count
 from data.table import choose_pairs, column_values, content_digest, load_table
 from models.devices import COMPUTE_DTYPES, raise_together, writing
@@ -103,7 +104,7 @@ def write_pairs(folder: Path, table: datasets.Dataset, columns: list[str], famil
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=worker_count(data.dataloader_num_workers),
                         pin_memory=accelerator.device.type == "cuda")
     moments, faults = [], {}
-    for batch in tqdm(loader, desc="caching", unit="batch", disable=not accelerator.is_local_main_process):
+    for batch in progress_bar(loader, desc="caching", unit="batch", disable=not accelerator.is_local_main_process):
         pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
         moments.append(encode_views(family, pixels, flips=not data.no_hflip).cpu())
         faults |= {int(row): json.loads(found) for row, found in zip(batch["row"], batch["faults"]) if found}
@@ -153,8 +154,8 @@ def make_cache(options: TrainOptions, family: Family, accelerator: Accelerator, 
     with accelerator.main_process_first():
         table = load_table(data, options.model.cache_dir)
     labels = np.ones(len(table)) if data.choice_model else None  # those come later, from the images
-    winners_only = options.objective.winners_only
-    columns = choose_pairs(table, data, 0, labels, winners_only).image_columns  # which also reports a faulty table
+    pairs = choose_pairs(table, data, 0, labels, options.objective.train_method)  # which also reports a faulty table
+    columns = pairs.image_columns
     family.load_encoders(COMPUTE_DTYPES[options.memory.mixed_precision], accelerator.device)
     encode_table(table, columns, family, data, options.memory.mixed_precision, accelerator, pairs_per_shard, batch_size)
 
@@ -163,7 +164,7 @@ def encode_table(table: datasets.Dataset, columns: list[str], family: Family, da
                  accelerator: Accelerator, pairs_per_shard: int = 1024, batch_size: int = 8) -> None:
     """Write the whole cache, or what is missing of it; every process must call this. Raises UserError."""
     folder = Path(data.cached_dataset)
-    prompts = list(dict.fromkeys(["", *usable_captions(column_values(table, data.caption_column))]))
+    prompts = list(dict.fromkeys(["", *usable_captions(column_values(table, caption_column(table.column_names, data)))]))
     settings = cache_settings(data, family, mixed_precision, columns) | {
         "rows": len(table), "content": content_digest(table, data), "pairs_per_shard": pairs_per_shard}
     problem = None

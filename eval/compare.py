@@ -16,13 +16,16 @@ import numpy as np
 from common.errors import UserError, quiet_libraries, run_program
 from common.files import make_folder, write_json
 from common.options import parse
+from common.votes import read_votes
+from eval.human import human_lines, human_row
 from eval.manifest import read_manifest
-from eval.metrics import METRICS, read_config
+from eval.metrics import METRICS, is_untrained, read_config
 from eval.options import CompareOptions, ScoringOptions, check_compare_options
 from eval.report import write_report
 from eval.score import report_failures, table
 from eval.scores import ScoredImage
-from eval.statistics import RESAMPLES, holm, sign_test, win_rate_interval
+from eval.settings import check_settings, describe_model
+from eval.statistics import RESAMPLES, count_wins, holm, sign_test, win_rate_interval
 
 EXTREMES = 10  # biggest wins and losses named for each metric
 
@@ -52,9 +55,6 @@ def compare_metric(metric: str, pairs: list[tuple[str, ScoredImage, ScoredImage]
     prompts = [prompt for prompt, _, _ in pairs]
     scores_a, scores_b = (np.array([pair[side].scores[metric] for pair in pairs]) for side in (1, 2))
     winners = np.sign(scores_a - scores_b)
-    wins_a, wins_b, ties = (int((winners == sign).sum()) for sign in (1, -1, 0))
-    half, counted = (ties / 2, len(pairs)) if ties_policy == "half" else (0, wins_a + wins_b)
-    win_rate = (wins_a + half) / counted if counted else 0.5
     results = [
         {"pair_index": index, "prompt": prompt,
          "image_a": str(image_a.path.absolute()), "image_b": str(image_b.path.absolute()),
@@ -62,8 +62,7 @@ def compare_metric(metric: str, pairs: list[tuple[str, ScoredImage, ScoredImage]
          "winner": label_a if sign > 0 else label_b if sign < 0 else "tie"}
         for index, ((prompt, image_a, image_b), sign) in enumerate(zip(pairs, winners))
     ]
-    counts = {"total_pairs": len(pairs), "wins_a": wins_a, "wins_b": wins_b, "ties": ties,
-              "win_rate_a_over_b": win_rate}
+    counts = {"total_pairs": len(pairs), **count_wins(winners, ties_policy == "half")}
     pair_file = {"model_a": label_a, "model_b": label_b, **counts, "mean_score_a": float(scores_a.mean()),
                  "mean_score_b": float(scores_b.mean()), "ties_policy": ties_policy, "results": results}
     interval = win_rate_interval(winners, prompts, ties_policy == "half")
@@ -79,21 +78,31 @@ def compare_metric(metric: str, pairs: list[tuple[str, ScoredImage, ScoredImage]
 
 
 def summarise(rows: list[dict], options: CompareOptions, pairing: dict) -> dict:
-    """summary.json; Holm's correction runs over the metrics of `rows`."""
-    for row, adjusted in zip(rows, holm([row["sign_test_p"] for row in rows])):
+    """summary.json; averages and Holm's correction are over the metrics of `rows` that are trained."""
+    trained = [row for row in rows if not row.get("untrained")]
+    for row, adjusted in zip(trained, holm([row["sign_test_p"] for row in trained])):
         row["sign_test_p_holm"] = adjusted
     half = options.ties_policy == "half"
-    won = sum(row["wins_a"] + (row["ties"] / 2 if half else 0) for row in rows)
-    counted = sum(row["total_pairs"] if half else row["wins_a"] + row["wins_b"] for row in rows)
+    won = sum(row["wins_a"] + (row["ties"] / 2 if half else 0) for row in trained)
+    counted = sum(row["total_pairs"] if half else row["wins_a"] + row["wins_b"] for row in trained)
     return {
         "pair": {"model_a": options.label_a, "model_b": options.label_b, "ties_policy": options.ties_policy},
         "metrics": rows,
-        "averages": {"macro_win_rate_a_over_b": float(np.mean([row["win_rate_a_over_b"] for row in rows])),
-                     "micro_win_rate_a_over_b": won / counted if counted else 0.5},
+        "averages": {"macro_win_rate_a_over_b": float(np.mean([row["win_rate_a_over_b"] for row in trained])),
+                     "micro_win_rate_a_over_b": won / counted if counted else 0.5} if trained else None,
         "pairing": pairing,
         "intervals": {"method": "percentile bootstrap over prompts", "level": 0.95, "resamples": RESAMPLES},
         "test": "two-sided paired sign test over prompts, Holm-corrected over the metrics",
     }
+
+
+def mark_untrained(rows: list[dict], config: dict[str, dict]) -> None:
+    """Name each row, and take the p of those whose model metrics.yaml calls untrained: their numbers are no results."""
+    for row in rows:
+        row["label"], row["untrained"] = METRICS[row["metric"]].label, is_untrained(row["metric"], config)
+        if row["untrained"]:
+            row["label"] += " (untrained)"
+            row["sign_test_p"] = row["sign_test_p_holm"] = None
 
 
 def new_folder(outdir: str, label_a: str, label_b: str) -> Path:
@@ -117,12 +126,19 @@ def summary_lines(summary: dict) -> list[str]:
              "p (Holm)")]
     for row in summary["metrics"]:
         interval = "{:.2%} to {:.2%}".format(*row["win_rate_ci95"]) if row["win_rate_ci95"] else "-"
-        rows.append((METRICS[row["metric"]].label, f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}",
-                     f"{row['win_rate_a_over_b']:.2%}", interval, str(row["wins_a"]), str(row["wins_b"]),
-                     str(row["ties"]), f"{row['sign_test_p_holm']:.2g}"))
-    averages = summary["averages"]
-    return [*table(rows), "", f"win rate of {label_a} over {label_b}: macro {averages['macro_win_rate_a_over_b']:.2%}, "
-            f"micro {averages['micro_win_rate_a_over_b']:.2%}"]
+        p = row["sign_test_p_holm"]
+        rows.append((row["label"], f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}", f"{row['win_rate_a_over_b']:.2%}", interval,
+                     str(row["wins_a"]), str(row["wins_b"]), str(row["ties"]), "-" if p is None else f"{p:.2g}"))
+    if human := summary.get("human"):
+        interval = "{:.2%} to {:.2%}".format(*human["win_rate_ci95"]) if human["win_rate_ci95"] else "-"
+        rows.append(("Human", "-", "-", f"{human['win_rate_a_over_b']:.2%}", interval, str(human["wins_a"]), str(human["wins_b"]),
+                     str(human["ties"]), f"{human['sign_test_p']:.2g}"))
+    averages, over = summary["averages"], "no metric is trained: these numbers say nothing of the models"
+    if averages:
+        over = (f"win rate of {label_a} over {label_b}: macro {averages['macro_win_rate_a_over_b']:.2%}, "
+                f"micro {averages['micro_win_rate_a_over_b']:.2%}")
+    return [*table(rows), "", over,
+            *(human_lines(human, {name: METRICS[name].label for name in human["metrics_agree"]}) if human else [])]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,7 +146,12 @@ def main(argv: list[str] | None = None) -> int:
                                   description=__doc__)
     check_compare_options(options)
     entries_a, entries_b = read_manifest(options.json_a), read_manifest(options.json_b)
-    read_config(scoring.metrics_config)
+    models = {side: describe_model(str(manifest), entries)
+              for side, manifest, entries in (("a", options.json_a, entries_a), ("b", options.json_b, entries_b))}
+    differences, notes = check_settings(models, (options.label_a, options.label_b), options.allow_different_settings)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    ballots = read_votes(options.votes) if options.votes else []
     indices = pair_up([entry["prompt"] for entry in entries_a], [entry["prompt"] for entry in entries_b], options.pair_by)
 
     make_folder(Path(options.outdir), "--outdir")
@@ -152,11 +173,16 @@ def main(argv: list[str] | None = None) -> int:
                 for metric in scoring.metrics if metric not in failures}
     if not compared:
         return report_failures(failures)
+    human = human_row(ballots, pairs, list(compared), options.ties_policy == "half") if ballots else None
     folder = new_folder(options.outdir, options.label_a, options.label_b)
     for metric, (pair_file, _) in compared.items():
         write_json(folder / f"pair_{metric}.json", pair_file)
-    summary = summarise([row for _, row in compared.values()], options, pairing)
-    summary["not_scored"] = failures
+    rows = [row for _, row in compared.values()]
+    mark_untrained(rows, read_config(scoring.metrics_config))
+    summary = summarise(rows, options, pairing)
+    summary |= {"not_scored": failures, "models": models, "different_settings": differences, "notes": notes}
+    if human:
+        summary["human"] = human
     write_json(folder / "summary.json", summary)
     print("\n" + "\n".join(summary_lines(summary)) + "\n")
     print(f"wrote {folder}/summary.json")

@@ -13,14 +13,15 @@ from PIL import Image
 
 from common.errors import UserError
 from common.files import make_folder, read_json, whole_file, write_json
-from common.locks import LOCK_FILE, hold
+from common.locks import LOCK_FILE, hold, release
 from eval.manifest import read_manifest
 from eval.options import GenerateOptions
 from prompts import group_path
 
 IMAGE_DESCRIPTION = 0x010E  # the EXIF tag
 SETTINGS_FILE = "settings.json"
-NAMES = ("pretrained_model_name_or_path", "unet_path", "pretrained_vae_model_name_or_path")  # recorded, never compared
+NAMES = ("pretrained_model_name_or_path", "unet_path", "pretrained_vae_model_name_or_path")
+RECORDED = (*NAMES, "lora")  # and never compared: identities are
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Job:
     k: int
     prompt: str
     filename: str
+    seed: int
 
 
 @dataclass
@@ -63,7 +65,8 @@ def plan_group(name: str, prompts: list[str], options: GenerateOptions) -> Group
     size = f"{options.height}x{options.width}"
     stem = f"{group}_seed{options.seed}_{size}_{options.num_inference_steps}s_{options.cfg}cfg"
     several = options.num_images_per_prompt > 1
-    jobs = [Job(index, k, prompt, f"{index}_{k}_{size}.png" if several else f"{index}_{size}.png")
+    first = [options.seed + index * options.num_images_per_prompt * options.seed_per_prompt for index in range(len(prompts))]
+    jobs = [Job(index, k, prompt, f"{index}_{k}_{size}.png" if several else f"{index}_{size}.png", first[index] + k)
             for index, prompt in enumerate(prompts) for k in range(options.num_images_per_prompt)]
     return Group(group, stem, Path(options.output_dir), jobs)
 
@@ -88,9 +91,9 @@ def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
         before = read_json(settings)
         if not isinstance(before, dict):
             raise UserError(f"{settings} is damaged: choose another --output_dir, or --overwrite what is there")
-        before = {"empty_prompt": "encoded"} | before  # folders from before that option
+        before = {"empty_prompt": "encoded", "seed_per_prompt": False} | before  # folders from before these options
         changed = [f"{key} was {before.get(key)}, now {record[key]}" for key in record
-                   if key not in NAMES and before.get(key) != record[key]]
+                   if key not in RECORDED and before.get(key) != record[key]]
         if changed and not any(path for kind in ("*.png", ".batch-*.ready") for path in group.folder.glob(kind)):
             write_json(settings, record)  # it was begun with a mistake, and nothing was made
         elif changed:
@@ -106,6 +109,16 @@ def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
             publish(leftover)
         else:
             shutil.rmtree(leftover)
+
+
+def abandon_folder(group: Group) -> None:
+    """Leave nothing of a group whose first image could not be made: its settings would tell of a model that is not there."""
+    if any(path.name not in (SETTINGS_FILE, LOCK_FILE) for path in group.folder.iterdir()) or group.manifest.exists():
+        return
+    release(group.folder)
+    shutil.rmtree(group.folder)
+    if not any(group.output_dir.iterdir()):
+        group.output_dir.rmdir()
 
 
 def find_missing(group: Group) -> set[str]:
@@ -173,7 +186,7 @@ def finish_group(group: Group, record: dict, options: GenerateOptions) -> None:
     """STEM.zip, then the manifest, last of all. A manifest that already covers these prompts and more is kept; a
     damaged one is written anew."""
     entries = [{"prompt": job.prompt, "gen_image_path": f"{group.stem}/{job.filename}", "raw_image_path": "",
-                "metadata": {**record, "index": job.index, "k": job.k, "image_seed": options.seed + job.k}}
+                "metadata": {**record, "index": job.index, "k": job.k, "image_seed": job.seed}}
                for job in group.jobs]
     try:
         kept = read_manifest(group.manifest)

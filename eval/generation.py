@@ -13,15 +13,17 @@ import torch
 import transformers
 from accelerate import PartialState
 from PIL import Image
-from tqdm import tqdm
 
+from common.errors import UserError
 from common.files import fingerprint, make_room, write_text
 from common.locks import release
-from eval.folders import NAMES, Group, find_missing, finish_group, plan_group, prepare_folder, write_batch
+from common.progress import progress_bar
+from eval.folders import NAMES, Group, abandon_folder, find_missing, finish_group, plan_group, prepare_folder, write_batch
 from eval.options import GenerateOptions
 from models.devices import COMPUTE_DTYPES
 from models.family import Family
 from models.guidance import encode_prompts
+from models.lora import lora_file, read_facts
 from models.networks import load_network, weights_in
 from models.sampling import SamplingSettings, sample
 from models.speed import check_compiler, compile_blocks
@@ -58,7 +60,12 @@ def generate(options: GenerateOptions, family: Family, prompts: dict[str, list[s
         group.missing = find_missing(group)
         state.print(f"{group.folder}: {len(group.jobs) - len(group.missing)} of {len(group.jobs)} images are there")
     state.wait_for_everyone()  # nobody writes before everybody has looked
-    draw = load_models(options, family, settings, state.device) if any(group.missing for group in ours) else None
+    try:
+        draw = load_models(options, family, settings, state.device) if any(group.missing for group in ours) else None
+    except UserError:
+        for group in ours if state.is_main_process else []:
+            abandon_folder(group)
+        raise
     for group in ours:
         if group.missing:
             generate_group(group, draw, options, state)
@@ -96,7 +103,9 @@ def settings_record(options: GenerateOptions, family: Family, settings: Sampling
         "base_identity": identity(options.pretrained_model_name_or_path, lambda folder: base_files(folder, family)),
         "unet_identity": identity(options.unet_path, lambda folder: network_files(folder, family)),
         "vae_identity": identity(vae, vae_files) if vae else "base",
-        "seed": options.seed, "num_images_per_prompt": options.num_images_per_prompt, "negative_prompt": "",
+        "lora": adapter_facts(options.unet_path, family),
+        "seed": options.seed, "seed_per_prompt": options.seed_per_prompt,
+        "num_images_per_prompt": options.num_images_per_prompt, "negative_prompt": "",
         **asdict(settings), "latents_dtype": name_of(settings.latents_dtype), "empty_prompt": options.empty_prompt,
         "guidance_scale_diffusers": settings.guidance_scale, "noise_dtype": name_of(dtype), "noise_device": device.type,
         "unet_dtype": name_of(dtype), "text_encoder_dtype": name_of(dtype), "vae_tiling": options.vae_tiling,
@@ -129,7 +138,15 @@ def network_files(folder: Path, family: Family) -> list[Path]:
     found = weights_in(folder, family.backbone)
     if found is None or found.is_dir():
         return model_files(found or folder)
-    return [found] if found.name == "unet.pth" else [found, folder / "progress.json"]  # LoRA's has the base it was trained on
+    return [found] if found.name == family.weights_file else [found, folder / "progress.json"]  # LoRA's: what it began from
+
+
+def adapter_facts(source: str, family: Family) -> dict[str, str] | None:
+    """What a LoRA file says of the run that trained it; None where `source` is none, or says nothing."""
+    path = Path(source)
+    found = weights_in(path, family.backbone) if path.is_dir() else path
+    file = lora_file(found) if found and found.is_file() else None
+    return read_facts(file) or None if file else None
 
 
 def vae_files(folder: Path) -> list[Path]:
@@ -184,9 +201,9 @@ def generate_group(group: Group, draw: Draw, options: GenerateOptions, state: Pa
     total = sum(job.filename in group.missing for _, batch in mine for job in batch)
     writing: Future | None = None
     with (ThreadPoolExecutor(1) as writer,
-          tqdm(total=total, desc=f"{group.name}{share}", unit=" images", disable=not state.is_main_process) as bar):
+          progress_bar(total=total, desc=f"{group.name}{share}", unit=" images", disable=not state.is_main_process) as bar):
         for number, batch in mine:
-            images = draw([job.prompt for job in batch], [options.seed + job.k for job in batch])
+            images = draw([job.prompt for job in batch], [job.seed for job in batch])
             kept = [(image, job) for image, job in zip(images, batch) if job.filename in group.missing]
             if writing:
                 writing.result()  # a full disk stops the run here

@@ -8,11 +8,14 @@ from common.errors import UserError
 from common.files import MODEL_FILES
 from common.options import option
 from eval.manifest import is_text
-from eval.metrics import METRICS, PUBLISHED, canonical_name
+from eval.metrics import METRICS, PUBLISHED, canonical_name, read_config
 from prompts import group_path
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"  # as published:
 # the two bases that the published programs evaluate, so that their commands need no base named
+
+
+MOST_PROMPTS = 2**32  # of a group, where each has a seed of its own
 
 
 @dataclass
@@ -31,6 +34,8 @@ class GenerateOptions:
     output_dir: str | None = option(None, "where the images go",
                                     default_text="the folder of unet_path; for base or a hub id output/NAME")
     seed: int = option(0, "every prompt starts from this seed; its image k from seed + k", at_least=0)
+    seed_per_prompt: bool = option(False, "image k of prompt i starts from seed + i * num_images_per_prompt + k instead, for "
+                                          "galleries: the published evaluation has one noise for all prompts")
     num_images_per_prompt: int = option(1, "images of each prompt", at_least=1)
     limit: int | None = option(None, "only the first prompts of each group", at_least=1)
     height: int | None = option(None, "in pixels", at_least=8, default_text="the base's own: SD1.5 512, SDXL 1024")
@@ -68,8 +73,8 @@ def check_generate_options(options: GenerateOptions) -> None:
         side = getattr(options, name)
         if side is not None and side % 8:
             raise UserError(f"--{name} must be a multiple of 8 (the VAE's downsampling), not {side}")
-    if options.seed + options.num_images_per_prompt > 2**63:
-        raise UserError("--seed: a prompt's last seed must not be above 2**63 - 1")
+    if options.seed + options.num_images_per_prompt * (MOST_PROMPTS if options.seed_per_prompt else 1) > 2**63:
+        raise UserError("--seed: the last image's seed must not be above 2**63 - 1")
     unet = Path(options.unet_path)
     if (unet.suffix in MODEL_FILES or options.unet_path.startswith((".", "/", "~"))) and not unet.exists():
         raise UserError(f"no weights at {unet}: give a unet.pth, a .safetensors file, a diffusers folder or a hub id")
@@ -90,6 +95,7 @@ class ScoringOptions:
     skip_missing: bool = option(False, "leave missing or unreadable images out, with a count")
 
     def __post_init__(self):
+        read_config(self.metrics_config)  # which names the metrics of one's own
         self.metrics = list(dict.fromkeys(canonical_name(name) for name in self.metrics))
 
 
@@ -113,6 +119,9 @@ class CompareOptions:
     pair_by: Literal["prompt", "index"] = option(
         "prompt", "prompt: same prompts, repeated ones in order; index: same position in the manifests")
     ties_policy: Literal["half", "exclude"] = option("half", "a tie counts one half, or is left out of the win rate")
+    votes: list[str] | None = option(None, "votes.json of eval.judge's pages, of one judge or several: a Human row")
+    allow_different_settings: bool = option(False, "compare images whose seed, steps, guidance, size, scheduler, types or base "
+                                                   "differ; the page says so")
     no_report: bool = option(False, "write no report.html")
 
 

@@ -6,28 +6,20 @@ Reads summary.json and the pair files; writes report.html, which needs no networ
 are inside it; beyond, they lie beside it in report_images/.
 """
 
-import base64
-import io
 import json
 import os
 import urllib.parse
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
-import jinja2
-from PIL import Image
-
 from common.errors import UserError, run_program
-from common.files import write_text
-from common.images import FORMATS
 from common.options import option, parse
 from eval.metrics import METRICS
+from eval.pages import place_images, write_page
+from eval.settings import settings_table
 
 INLINE_PAIRS = 150
-THUMBNAIL = 384  # pixels; a phone's card shows about 180, a laptop's 300
-QUALITY = 82
 
 
 @dataclass
@@ -37,19 +29,6 @@ class ReportOptions:
     comparison: str = option(MISSING, "folder that eval.compare wrote")
     images: Literal["auto", "inline", "beside"] = option(
         "auto", f"inside the page, in report_images/ beside it, or by number: inside up to {INLINE_PAIRS} pairs")
-
-
-def thumbnail(path: str) -> bytes | None:
-    """A JPEG of at most THUMBNAIL pixels; None when the image has gone since it was scored."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image = image.convert("RGB")
-    except OSError:
-        return None
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=QUALITY)
-    return data.getvalue()
 
 
 def no_number(name: str):
@@ -67,26 +46,6 @@ def read_comparison(folder: Path) -> tuple[dict, dict[str, dict]]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} holds no whole comparison ({error}): eval.compare writes one") from None
     return summary, pair_files
-
-
-def place_images(folder: Path, paths: list[str], inline: bool) -> list[str]:
-    """The src of each image's thumbnail: a data URI, or a file that this writes into report_images/."""
-    beside = folder / "report_images"
-    if not inline:
-        beside.mkdir(exist_ok=True)
-
-    def place(numbered: tuple[int, str]) -> str:
-        number, path = numbered
-        data = thumbnail(path)
-        if data is None:
-            return ""
-        if inline:
-            return "data:image/jpeg;base64," + base64.b64encode(data).decode()
-        (beside / f"{number}.jpg").write_bytes(data)
-        return f"report_images/{number}.jpg"
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(place, enumerate(paths)))
 
 
 def page_data(folder: Path, pair_files: dict[str, dict], inline: bool) -> list[dict]:
@@ -110,15 +69,12 @@ def write_report(folder: str | Path, images: str = "auto") -> Path:
     summary, pair_files = read_comparison(folder)
     pairs = len(next(iter(pair_files.values()))["results"])
     inline = images == "inline" or (images == "auto" and pairs <= INLINE_PAIRS)
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    labels = {metric: METRICS[metric].label for metric in pair_files}
-    page = environment.get_template("report.html.j2").render(
-        summary=summary, labels=labels, pairs=pairs,
+    labels = {row["metric"]: row.get("label") or METRICS[row["metric"]].label for row in summary["metrics"]}
+    settings = settings_table(summary["models"]) if "models" in summary else []
+    return write_page(
+        folder / "report.html", "report.html.j2", summary=summary, labels=labels, pairs=pairs, settings=settings,
         data={"labelA": summary["pair"]["model_a"], "labelB": summary["pair"]["model_b"], "metrics": list(labels.items()),
-              "pairs": page_data(folder, pair_files, inline)})
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+              "pairs": page_data(folder, pair_files, inline), "votes": summary.get("human", {}).get("by_pair")})
 
 
 def main(argv: list[str] | None = None) -> None:

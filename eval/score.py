@@ -14,7 +14,7 @@ from common.errors import quiet_libraries, run_program
 from common.files import make_room, write_text
 from common.options import parse
 from eval.manifest import read_manifest
-from eval.metrics import METRICS, read_config
+from eval.metrics import METRICS
 from eval.options import ScoreOptions, ScoringOptions
 from eval.scores import ScoredManifest
 
@@ -62,7 +62,6 @@ def main(argv: list[str] | None = None) -> int:
     [options, scoring], _ = parse([ScoreOptions, ScoringOptions], argv, program="python -m eval.score", description=__doc__)
     for manifest in options.manifests:
         read_manifest(manifest)
-    read_config(scoring.metrics_config)
     if options.log_file:
         make_room(options.log_file, "--log_file")
     quiet_libraries()

@@ -54,11 +54,20 @@ class ScoredManifest:
                    "scores": kept.get((image.sha256, image.prompt), {}) | image.scores}
                   for image in self.images if image.sha256]
         means = {name: mean_score([image["scores"] for image in images], name) for name in versions}
-        metrics = {name: {"label": METRICS[name].label, "version": versions[name], "mean": mean}
+        before = read_json(self.scores_path)
+        metrics = {name: {"label": label_of(name, before), "version": versions[name], "mean": mean}
                    for name, mean in means.items() if mean is not None}
         content = {"manifest": self.path.name, "metrics": metrics, "images": images}
-        if read_json(self.scores_path) != content:
+        if before != content:
             write_json(self.scores_path, content)
+
+
+def label_of(name: str, scores: dict | None) -> str:
+    """A metric's label: the registry's, or what its scores file says of another metrics.yaml's."""
+    try:
+        return METRICS[name].label if name in METRICS else str(scores["metrics"][name]["label"])
+    except (KeyError, TypeError):
+        return name
 
 
 def mean_score(scores: list[dict[str, float]], metric: str) -> float | None:
@@ -69,11 +78,10 @@ def mean_score(scores: list[dict[str, float]], metric: str) -> float | None:
 
 def read_scores(path: Path, asked: dict[str, str]) -> tuple[dict[str, str], dict[tuple[str, str], dict[str, float]]]:
     """A scores file's metrics with their versions, those `asked` in the asked version, and by (sha256, prompt) its
-    scores of these versions. Unknown metrics and what is no finite number are left out; a file of another form counts
-    as empty."""
+    scores of these versions. What is no finite number is left out; a file of another form counts as empty."""
     content = read_json(path)
     try:
-        found = {name: of["version"] for name, of in content["metrics"].items() if name in METRICS} if content else {}
+        found = {name: str(of["version"]) for name, of in content["metrics"].items()} if content else {}
         valid = {name for name, version in found.items() if asked.get(name, version) == version}
         return found | asked, {
             (image["sha256"], image["prompt"]): {

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image
-from tqdm import tqdm
 
 from common.errors import UserError, first_line
 from common.images import FORMATS
-from eval.metrics import METRICS, load_metric, metric_settings, metric_version, read_config
+from common.progress import progress_bar
+from eval.metrics import load_metric, looks_at, metric_settings, metric_version, read_config
 from eval.metrics.base import Metric, to_pixels
 from eval.options import ScoringOptions
 from eval.scores import ScoredImage, ScoredManifest, open_manifest
@@ -35,7 +35,7 @@ def score_manifests(paths: list[str | Path], options: ScoringOptions) -> tuple[l
     transformers.utils.logging.disable_progress_bar()
     device, config = pick_device(options.device), read_config(options.metrics_config)
     versions = {name: metric_version(name, config) for name in options.metrics}
-    sides = {name: metric_settings(name, config).get("image_size", METRICS[name].image_size) for name in versions}
+    sides = {name: looks_at(name, metric_settings(name, config)) for name in versions}
     sides = {name: side for name, side in sides.items() if side}
     at_once = {name: load_metric(name, device, config) for name in versions if name not in sides}
 
@@ -49,7 +49,7 @@ def score_manifests(paths: list[str | Path], options: ScoringOptions) -> tuple[l
     with ThreadPoolExecutor(options.num_workers) as pool:
         reads = [pool.submit(read_image, image, manifest.kept, sides, at_once, failures)
                  for manifest in manifests for image in manifest.images if not image.fault]
-        for read in tqdm(reads, desc="reading", unit=" images"):
+        for read in progress_bar(reads, desc="reading", unit=" images"):
             read.result()
     report_faults(images, refuse=not options.skip_missing)
     for manifest in manifests:
@@ -95,19 +95,23 @@ def read_image(image: ScoredImage, kept: dict, sides: dict[str, int], at_once: d
         if wanted:
             picture = Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
             image.pixels = {side: to_pixels(picture, side) for side in {sides[name] for name in wanted if name in sides}}
-            for name in at_once.keys() & wanted:
-                try:
-                    image.scores[name] = finite(at_once[name].score([picture], [image.prompt]).tolist(), [image])[0]
-                except UserError as error:
-                    failures[name] = str(error)
         image.sha256 = digest
     except READ_ERRORS as error:
         image.fault = first_line(error)
+        return
+    for name in at_once.keys() & wanted:
+        try:
+            image.scores[name] = finite(at_once[name].score([picture], [image.prompt]), [image])[0]
+        except UserError as error:
+            failures[name] = str(error)
 
 
-def finite(scores: list[float], images: list[ScoredImage]) -> list[float]:
-    """The scores. Raises UserError naming the first image whose score is NaN or infinite: nothing can be compared with
-    it."""
+def finite(scores: torch.Tensor, images: list[ScoredImage]) -> list[float]:
+    """The scores. Raises UserError where they are not one an image, and naming the first image whose score is NaN or
+    infinite: nothing can be compared with it."""
+    if scores.shape != (len(images),):
+        raise UserError(f"it gave scores of shape {tuple(scores.shape)} for {len(images)} images")
+    scores = scores.tolist()
     for image, score in zip(images, scores):
         if not math.isfinite(score):
             raise UserError(f"its score of {image.path} is {score}, no finite number: are its weights damaged?")
@@ -115,13 +119,13 @@ def finite(scores: list[float], images: list[ScoredImage]) -> list[float]:
 
 
 def score_images(metric: Metric, images: list[ScoredImage], batch_size: int) -> None:
-    """Score images that read_image has prepared, in batches. Raises UserError for a score that is no finite number."""
-    with tqdm(total=len(images), desc=metric.label, unit=" images") as bar:
+    """Score images that read_image has prepared, in batches. Raises UserError for what finite() refuses."""
+    with progress_bar(total=len(images), desc=metric.label, unit=" images") as bar:
         for start in range(0, len(images), batch_size):
             batch = images[start:start + batch_size]
             pixels = torch.stack([image.pixels[metric.image_size] for image in batch])
             scores = metric.score_pixels(pixels, [image.prompt for image in batch])
-            for image, score in zip(batch, finite(scores.tolist(), batch)):
+            for image, score in zip(batch, finite(scores, batch)):
                 image.scores[metric.name] = score
             bar.update(len(batch))
 

@@ -12,26 +12,42 @@ def by_prompt(values: np.ndarray, prompts: list[str]) -> np.ndarray:
     return np.bincount([places[prompt] for prompt in prompts], weights=values)
 
 
-def win_rate_interval(winners: np.ndarray, prompts: list[str], count_ties: bool = True, seed: int = 0
-                      ) -> tuple[float, float] | None:
-    """95% percentile-bootstrap interval of A's win rate, resampling prompts.
+def count_wins(winners: np.ndarray, count_ties: bool = True) -> dict:
+    """Wins, ties and A's win rate of (N,) +1, -1 and 0; a tie counts one half or not at all."""
+    wins_a, wins_b, ties = (int((winners == sign).sum()) for sign in (1, -1, 0))
+    half, counted = (ties / 2, len(winners)) if count_ties else (0, wins_a + wins_b)
+    return {"wins_a": wins_a, "wins_b": wins_b, "ties": ties, "win_rate_a_over_b": (wins_a + half) / counted if counted else 0.5}
+
+
+def ratio_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+    """95% percentile-bootstrap interval of sums.sum() / counts.sum(), resampling the prompts (P,). Changing the sign of the
+    sums mirrors it exactly. None for a single prompt, which shows nothing of how prompts differ."""
+    if len(sums) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for start in range(0, RESAMPLES, CHUNK):
+        drawn = rng.integers(len(sums), size=(min(CHUNK, RESAMPLES - start), len(sums)))
+        ratios.append(sums[drawn].sum(axis=1) / np.maximum(counts[drawn].sum(axis=1), 1))
+    ratios = np.concatenate(ratios)
+    return float(np.quantile(ratios, 0.025)), float(-np.quantile(-ratios, 0.025))
+
+
+def mean_interval(values: np.ndarray, prompts: list[str]) -> tuple[float, float] | None:
+    """95% interval of the mean of `values` (N,), resampling prompts."""
+    return ratio_interval(by_prompt(values, prompts), by_prompt(np.ones(len(values)), prompts))
+
+
+def win_rate_interval(winners: np.ndarray, prompts: list[str], count_ties: bool = True) -> tuple[float, float] | None:
+    """95% interval of A's win rate, resampling prompts.
 
     winners: (N,) of +1 where A wins, -1 where B wins, 0 for a tie; prompts: the N pairs' prompts. A tie counts one
-    half, or not at all with count_ties False. Swapping A and B mirrors the interval. None for a single prompt, which
-    shows nothing of how prompts differ.
+    half, or not at all with count_ties False. Swapping A and B mirrors the interval. None for a single prompt.
     """
     net = by_prompt(winners, prompts)  # the win rate is 1/2 + net / (2 * count)
     count = by_prompt(np.ones(len(winners)) if count_ties else np.abs(winners), prompts)
-    if len(net) < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    shares = []
-    for start in range(0, RESAMPLES, CHUNK):
-        drawn = rng.integers(len(net), size=(min(CHUNK, RESAMPLES - start), len(net)))
-        shares.append(net[drawn].sum(axis=1) / np.maximum(count[drawn].sum(axis=1), 1))
-    shares = np.concatenate(shares)
-    low, high = np.quantile(shares, 0.025), -np.quantile(-shares, 0.025)
-    return float(0.5 + low / 2), float(0.5 + high / 2)
+    interval = ratio_interval(net, count)
+    return interval and (0.5 + interval[0] / 2, 0.5 + interval[1] / 2)
 
 
 def sign_test(winners: np.ndarray, prompts: list[str]) -> float:

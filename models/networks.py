@@ -6,77 +6,15 @@ import os
 from pathlib import Path
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError, first_line
 from models.family import Family
+from models.lora import LORA_FILE, OTHER_BASE, is_lora, lora_file, merge_lora, read_facts
 from models.weights import from_hub, load_strictly, read_state_dict
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
-OTHER_BASE = "Is it a checkpoint of another base model?"
 BASE_SETTINGS = ("cross_attention_dim", "addition_embed_type", "in_channels", "projection_class_embeddings_input_dim",
                  "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "cap_feat_dim")
-
-
-def is_lora(keys) -> bool:
-    return any("lora" in key for key in keys)
-
-
-def lora_file(path: str | os.PathLike) -> Path | None:
-    """The LoRA weights file that `path` names: the file itself, or a folder with pytorch_lora_weights.safetensors or
-    with a single .safetensors file of LoRA keys and no config.json."""
-    path = Path(path)
-    if path.is_dir():
-        if (path / LORA_FILE).is_file():
-            return path / LORA_FILE
-        weights = list(path.glob("*.safetensors"))
-        return lora_file(weights[0]) if len(weights) == 1 and not (path / "config.json").is_file() else None
-    if path.suffix == ".safetensors" and path.is_file():
-        try:
-            with safe_open(path, framework="pt") as handle:
-                return path if is_lora(handle.keys()) else None
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged or no safetensors file: {first_line(error)}") from None
-    return None
-
-
-def merge_lora(family: Family, network: torch.nn.Module, state: dict[str, torch.Tensor], source: str | os.PathLike) -> None:
-    """Add LoRA weights (diffusers' or Kohya's names) onto a network and fuse them, so that it is a plain one again.
-
-    Parts for the text encoders are left out. Raises UserError when they do not fit, in part or at all.
-    """
-    alphas, metadata = None, adapter_metadata(source)
-    if family.backbone == "unet":
-        state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=network.config)
-    else:
-        state = family.pipeline.lora_state_dict(state)
-    state = {key: value for key, value in state.items() if not key.startswith(("text_encoder.", "text_encoder_2."))}
-    layers = sum(key.endswith((".lora_A.weight", "lora.down.weight", "_lora.down.weight")) for key in state)
-    try:
-        if layers and family.backbone == "unet":
-            StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, alphas, network, metadata=None if alphas else metadata)
-        elif layers:
-            network.load_lora_adapter(state, prefix=family.backbone, metadata=metadata)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the LoRA weights {source} do not fit {family.label}: {first_line(error)[:300]}") from None
-    found = sum(isinstance(module, BaseTunerLayer) for module in network.modules())
-    if not layers or found != layers:
-        raise UserError(f"the LoRA weights {source} do not fit {family.label}: {found} of their {layers} layers are in it. "
-                        f"{OTHER_BASE}")
-    network.fuse_lora()
-    network.unload_lora()
-
-
-def adapter_metadata(source: str | os.PathLike) -> dict | None:
-    """What diffusers keeps of an adapter in its file: rank, alpha and targets; None where it says nothing."""
-    try:
-        with safe_open(source, framework="pt") as handle:
-            return json.loads((handle.metadata() or {})["lora_adapter_metadata"])
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return None
 
 
 def check_same_base(family: Family, network: torch.nn.Module, source: str) -> None:
@@ -115,15 +53,18 @@ def weights_in(folder: Path, backbone: str = "unet") -> Path | None:
 
 
 def load_network(family: Family, source: str | os.PathLike | None = None,
-                 dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+                 dtype: torch.dtype = torch.float32, inside: tuple[Path, ...] = ()) -> torch.nn.Module:
     """The network of the family's base, with the weights that `source` names put in.
 
     source: None or "base" (the base itself); a unet.pth; a .safetensors state dict; a diffusers folder, with or without
-    unet/; a hub id; LoRA weights (a file, or a folder that holds one) that are merged into the base. dtype: of the
-    weights, which are read in no other unless LoRA has to be merged, in float32. Raises UserError naming the key and
-    shape of what does not fit.
+    unet/; a hub id; LoRA weights (a file, or a folder that holds one) that are merged into the base, or into the
+    --unet_init of the run that trained them. dtype: of the weights, which are read in no other unless LoRA has to be
+    merged, in float32. inside: the adapters whose --unet_init this is. Raises UserError naming the key and shape of what
+    does not fit.
     """
     path = None if source is None or str(source) == "base" else Path(source)
+    if path in inside:
+        raise UserError(f"{path} names itself as the weights that it was trained on")
     init = None  # what LoRA weights are merged into, where it is not the base
     if path is not None and path.is_dir():
         found = weights_in(path, family.backbone)
@@ -139,7 +80,10 @@ def load_network(family: Family, source: str | os.PathLike | None = None,
     state = None if path is None else read_state_dict(lora_file(path) or path)
     merged = state is not None and is_lora(state)
     first = torch.float32 if merged else dtype
-    network = load_network(family, init, first) if init else from_hub(
+    if merged and init is None:
+        told = read_facts(lora_file(path) or path).get("unet_init")
+        init = told if told and Path(told).exists() else None  # merge_lora says so where it is missed
+    network = load_network(family, init, first, (*inside, Path(source))) if init else from_hub(
         family.network, options.pretrained_model_name_or_path, f"the {family.backbone}", subfolder=family.backbone,
         revision=options.revision, cache_dir=options.cache_dir, torch_dtype=first)
     if merged:

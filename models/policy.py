@@ -9,7 +9,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import nn
 
-from common.errors import UserError, warn
+from common.errors import UserError, first_line, warn
 from models.family import Family
 from models.networks import load_network
 from common.train_options import MemoryOptions
@@ -99,9 +99,7 @@ def make_policy(family: Family, network: nn.Module, memory: MemoryOptions, dtype
     if rank:
         network.requires_grad_(False)
         cast_compute_weights(network, dtype)
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=family.options.lora_alpha or rank, init_lora_weights="gaussian",
-                                       target_modules=family.lora_targets))
-        cast_training_params(network, torch.float32)
+        add_adapter(network, family)
     elif needs_reference:
         reference = make_reference(network, dtype)
     for name in family.without_gradient(network):
@@ -121,6 +119,20 @@ def make_policy(family: Family, network: nn.Module, memory: MemoryOptions, dtype
         for each in networks:
             compile_blocks(each, family.compiled_blocks, selective=memory.selective_checkpointing)
     return Policy(network, reference, lora=rank > 0)
+
+
+def add_adapter(network: nn.Module, family: Family) -> None:
+    """Put the LoRA that the options describe into a network, in float32. Its B is 0, so the policy equals the reference at
+    first, with dropout too: that acts on what A reads. Raises UserError for targets that the network has none of."""
+    options = family.options
+    config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha or options.lora_rank, init_lora_weights="gaussian",
+                        lora_dropout=options.lora_dropout, target_modules=options.lora_targets or family.lora_targets)
+    try:
+        network.add_adapter(config)
+    except ValueError as error:  # peft's, for a name that no module has or one that is no layer
+        raise UserError(f"--lora_targets {' '.join(options.lora_targets)} does not fit {family.label} "
+                        f"({first_line(error)[:200]}): name layers as {' '.join(family.lora_targets)} does") from None
+    cast_training_params(network, torch.float32)
 
 
 def cast_compute_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -143,7 +155,7 @@ def make_reference(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     With a reference cast to bf16 as a whole the margin of two identical models scatters by 0.5 to 5 logits at beta
     5000; with this one it is exactly 0. It stays in training mode as the policy is: diffusers' blocks lay out memory
-    differently in evaluation mode, which picks kernels that round differently (no dropout is at stake: refused).
+    differently in evaluation mode, which picks kernels that round differently (a base's dropout is refused).
     """
     reference = copy.deepcopy(policy).requires_grad_(False).train()
     return cast_compute_weights(reference, dtype)

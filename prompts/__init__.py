@@ -41,6 +41,12 @@ def read_group(name_or_path: str | os.PathLike) -> list[str]:
     return parse_group(text, str(path))
 
 
+def prompts_of(values: list[str]) -> list[str]:
+    """Prompts, with those of a file in the place of its name (.txt or .json). Raises UserError."""
+    return [prompt for value in values
+            for prompt in (read_group(value) if value.endswith((".txt", ".json")) else [value])]
+
+
 def parse_group(text: str, source: str) -> list[str]:
     """read_group of a file's text; `source` names it in errors."""
     decoder = json.JSONDecoder()

@@ -12,10 +12,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import StableDiffusionPipeline
 from torch import nn
-from tqdm import tqdm
 
 from common.files import write_json
 from common.locks import release
+from common.progress import progress_bar
 from common.train_options import TrainOptions, parse_options
 from shapes.pipeline import NOISE_OFFSET, draw_images
 from train import train
@@ -41,14 +41,14 @@ class Enough(Exception):
     """Raised by a watch that has seen all it wanted: the run ends there, and saves nothing."""
 
 
-def train_here(options: TrainOptions, watch: Watch) -> None:
+def train_here(options: TrainOptions, watch: Watch, make_task: Callable | None = None) -> None:
     """train.py's run in this process, to its end or until the watch has enough. Its folder goes with it: what counts, the
     watch has taken."""
     reset_accelerate()
     with tempfile.TemporaryDirectory() as folder:
         options.run.output_dir = folder
         try:
-            finished = train(options, watch).finished
+            finished = train(options, watch, make_task).finished
         except Enough:
             finished = True
         finally:
@@ -97,7 +97,7 @@ def worker_pool(workers: int) -> Iterator[Executor | None]:
 def do_all(pool: Executor | None, work: list[Work], description: str) -> None:
     """Do what has no record yet."""
     left = [piece for piece in work if not piece[0].is_file()]
-    with tqdm(total=len(left), desc=description, unit="run") as bar:
+    with progress_bar(total=len(left), desc=description, unit="run") as bar:
         if pool is None:
             for piece in left:
                 do(*piece)

@@ -40,7 +40,7 @@ class SPOTask:
     def __init__(self, run: Run, family: Family, policy: Policy, judge: Judge, prompts: list[str]):
         self.run, self.family, self.policy, self.spo = run, family, policy, run.options.more[0]
         self.trained = policy.network
-        self.weights = LoraWeights(family) if policy.lora else WholeWeights(family.weights_file)
+        self.weights = LoraWeights(family, run) if policy.lora else WholeWeights(family.weights_file)
         self.max_steps = run.options.optimizer.max_train_steps
         self.sampler = Sampler(run, family, policy.network, judge, prompts)
         self.digest = digest_of(prompts)
@@ -199,7 +199,8 @@ class SPOTask:
             "method": f"spo, beta {spo.spo_beta:g}, ratios clipped at 1 +- {spo.spo_clip:g}",
             "base": f"{options.model.pretrained_model_name_or_path} ({self.family.label}, {options.data.resolution} px)"
                     + (f", weights of {options.model.unet_init}" if options.model.unet_init else ""),
-            "policy": f"LoRA rank {options.model.lora_rank}" if self.policy.lora else "whole network, float32 weights",
+            "policy": (f"LoRA rank {options.model.lora_rank}, alpha {options.model.lora_alpha:g}" if self.policy.lora
+                       else "whole network, float32 weights"),
             "reference": "policy without adapter" if self.policy.lora else "frozen copy",
             "precision": f"{options.memory.mixed_precision}, log-probabilities in float32",
             "sampling": f"{spo.spo_num_steps} DDIM steps, eta {spo.spo_eta:g}, guidance {spo.spo_guidance:g}; pools of "
@@ -215,8 +216,9 @@ class SPOTask:
         }
 
 
-def make_task(run: Run, family: Family) -> SPOTask:
-    """Prompts first, before any large model is read; then the judge, encoders, policy and reference. Raises UserError."""
+def make_task(run: Run, family: Family, kind: type[SPOTask] = SPOTask) -> SPOTask:
+    """Prompts first, before any large model is read; then the judge, encoders, policy and reference. kind: a variant of the
+    task, for experiments. Raises UserError."""
     options = run.options
     check_base(family)
     ddim_scheduler(family.scheduler, options.more[0].spo_num_steps)  # refuses what the base has no room for
@@ -226,7 +228,7 @@ def make_task(run: Run, family: Family) -> SPOTask:
     family.load_encoders(run.dtype, run.device)
     policy = load_policy(family, options.memory, run.dtype, run.device, needs_reference=True,
                          resolution=options.data.resolution)
-    return SPOTask(run, family, policy, judge, prompts)
+    return kind(run, family, policy, judge, prompts)
 
 
 def digest_of(prompts: list[str]) -> str:

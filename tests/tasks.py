@@ -4,7 +4,6 @@ As a program it trains that line, for tests of several processes: python -m test
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from common.locks import release
 from common.signals import StopSignal
 from common.train_options import parse_options
 from models.family import open_family
+from tests.stub_family import stub_family
 from training.defaults import settle_defaults
 from training.fit import Outcome, StepLoss, fit
 from training.run import Run, start_run
@@ -94,7 +94,7 @@ class FakeTask:
 def fit_fake(output: Path | str, *flags, watch=None, **faults) -> tuple[Outcome, FakeTask]:
     """fit() with a FakeTask in this process, in a folder; the folder is free again afterwards."""
     options = parse_options([*FAKE, f"--output_dir={output}", *map(str, flags)])
-    settle_defaults(options, SimpleNamespace(name="sd15", resolution=64))
+    settle_defaults(options, stub_family("sd15"))
     try:
         with StopSignal() as stop:
             task = FakeTask(start_run(options, stop), **faults)

@@ -73,6 +73,12 @@ def settle_model(options: TrainOptions, base: Family) -> None:
             options.objective.winner_preserving_granularity = "sample"
     if model.lora_rank and model.lora_alpha is None:
         model.lora_alpha = float(model.lora_rank * (2 if base.flow else 1))
+    if not model.lora_rank:
+        for name in ("lora_alpha", "lora_dropout", "lora_targets", "merge_lora", "no_merged_result"):
+            if getattr(model, name) and name in given:
+                warn(f"--{name} does nothing here: it needs --lora_rank")
+    if model.merge_lora is None:
+        model.merge_lora = not base.flow
 
 
 def default_optimizer(options: TrainOptions, base: Family) -> str:

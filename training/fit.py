@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from common.errors import UserError
+from common.progress import progress_bar
 from models.devices import agree
 from training.checkpoints import continuing, read_progress, starts_anew
 from training.curves import draw_curves
 from training.guards import NonfiniteGuard
 from training.optimizers import (effective_learning_rate, gradient_norm, make_optimizer, make_schedule, take_step,
                                  warn_of_tiny_rate)
-from training.records import MetricsFile, StepScalars, Throughput, bar_interval, peak_memory_gb, read_metrics
+from training.records import MetricsFile, StepScalars, Throughput, peak_memory_gb, read_metrics
 from training.run import Run, write_run_file
 from training.state import LoraWeights, WholeWeights, find_checkpoint, load_checkpoint, save_checkpoint, store_weights_once
 
 DRAWN_FROM = 10  # steps, of which there is something to see in curves.png
-# watch(step, network, scalars): called before the first step, with no scalars, and after each one
+# watch(step, network, scalars): called before the first step, with no scalars, and after each one; after a step of 0
+# micro-batches, with no scalars
 Watch = Callable[[int, nn.Module, dict[str, float]], None]
 
 
@@ -142,8 +143,8 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
     now = _Progress(first_step, saved=first_step if checkpoint else -1, validated=first_step)
     metrics, scalars = MetricsFile(run.output_dir, first_step), StepScalars()
     throughput = Throughput(run.pairs_per_step)
-    bar = tqdm(initial=first_step, total=task.max_steps or None, desc=task.name, unit="step", dynamic_ncols=True,
-               disable=not accelerator.is_local_main_process, mininterval=bar_interval())
+    bar = progress_bar(initial=first_step, total=task.max_steps or None, desc=task.name, unit="step",
+                       disable=not accelerator.is_local_main_process)
     if watch:
         watch(first_step, task.trained, {})
     for count, micro_batches in task.batches(first_step):
@@ -178,6 +179,8 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
                 watch(now.step, task.trained, logs)
         else:
             stop_asked = agree(stop_asked)
+            if watch:
+                watch(now.step, task.trained, {})
 
         ended = 0 < task.max_steps <= now.step
         if task.resumable and now.due(options.run.checkpointing_steps, max(now.saved, 0)):

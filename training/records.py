@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -116,11 +115,6 @@ class Throughput:
         now = time.perf_counter()
         rate, self.last = self.pairs_per_step / max(now - self.last, 1e-9), now
         return rate
-
-
-def bar_interval() -> float:
-    """Seconds between two refreshes of a progress bar: few where it goes into a file."""
-    return 0.1 if sys.stderr.isatty() else 10.0
 
 
 def peak_memory_gb(device: torch.device) -> float:

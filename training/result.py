@@ -7,7 +7,8 @@ from torch import nn
 from common.files import make_readable, whole_file
 from models.devices import writing
 from models.family import Family
-from models.networks import LORA_FILE, load_network, merge_lora
+from models.lora import LORA_FILE, merge_lora
+from models.networks import load_network
 from models.policy import Policy
 from models.weights import from_hub, load_strictly
 from training.run import Run
@@ -16,14 +17,14 @@ from training.state import LoraWeights, whole_state
 
 def save_result(run: Run, family: Family, policy: Policy) -> str:
     """A full diffusers pipeline in output_dir, of a UNet unet.pth too; of LoRA its weights, and the pipeline with them
-    merged where the network is a UNet or --merge_lora asks for it. Returns what was left, in words. Every process must
-    call this. Raises UserError on all alike."""
+    merged unless --merge_lora is off. Returns what was left, in words. Every process must call this. Raises UserError on
+    all alike."""
     folder, accelerator = run.output_dir, run.accelerator
-    whole = not policy.lora or family.options.merge_lora or family.backbone == "unet"
+    whole = not policy.lora or family.options.merge_lora
     state = None if policy.lora else whole_state(accelerator, policy.network)
     with writing(f"the result into {folder}", folder):
         if policy.lora:
-            LoraWeights(family).save(accelerator, policy.network, folder)
+            LoraWeights(family, run).save(accelerator, policy.network, folder)
         if run.main and whole:
             network = load_network(family, family.options.unet_init)
             if policy.lora:  # into the base as it is on disk: the one in training has weights in the compute dtype

@@ -13,14 +13,14 @@ from accelerate.utils import load as load_plain
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import nn
 
 from common.errors import UserError, first_line
 from common.files import make_readable, write_text
 from models.devices import writing
 from models.family import Family
-from models.networks import LORA_FILE
+from models.lora import LORA_FILE, facts_of, read_metadata
 from models.policy import MovingReference
 from models.weights import load_strictly, read_state_dict
 from training.checkpoints import (PROGRESS, choose_checkpoint, list_checkpoints, put_in_place, read_progress,
@@ -70,9 +70,11 @@ class WeightsAndReference(WholeWeights):
 
 @dataclass
 class LoraWeights:
-    """The adapter alone, in diffusers' format, with its alpha: without one it would be read as the rank."""
+    """The adapter alone, in diffusers' format. Its metadata holds its alpha, without which that would be read as the rank, and
+    what it was trained on."""
 
     family: Family
+    run: Run
 
     def save(self, accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
         if accelerator.is_main_process:
@@ -82,6 +84,11 @@ class LoraWeights:
                 layers = convert_state_dict_to_diffusers(layers)
             self.family.pipeline.save_lora_weights(folder, **{f"{backbone}_lora_layers": layers},
                                                    **_collate_lora_metadata({backbone: network}))
+            options = self.run.options
+            facts = facts_of(self.family, network, options.model, {
+                "output_dir": self.run.output_dir.name, "method": options.objective.train_method, "seed": self.run.seed})
+            file = folder / LORA_FILE
+            save_file(load(file.read_bytes()), file, metadata=read_metadata(file) | facts)
             make_readable(folder)
 
     def load(self, network: nn.Module, folder: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from data.draws import derived_seed
 from models.family import Family

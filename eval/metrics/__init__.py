@@ -1,10 +1,11 @@
 """The metrics by name. Each is one file with one class behind one signature: score(images, prompts) -> Tensor (N,).
 
-A new metric is one file and one line in METRICS. What is known of a metric without its model is here; torch and the
-metric's libraries are imported when it is loaded.
+A new metric is one file and one line in METRICS, or a class of one's own that a metrics.yaml names. What is known of a
+metric without its model is here; torch and the metric's libraries are imported when it is loaded.
 """
 
 import importlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,6 +25,7 @@ class Known(NamedTuple):
     label: str  # as the published logs call it
     revision: int = 1  # raised when the computation changes, so that kept scores are not reused
     image_size: int | None = 224  # side of the pixels it looks at; None: the images themselves
+    own: bool = False  # named by a metrics.yaml: the class says its image_size
 
 
 METRICS = {
@@ -33,10 +35,11 @@ METRICS = {
     "aesthetics": Known("eval.metrics.aesthetics", "Aesthetics", "AesScore"),
     "clip": Known("eval.metrics.clip", "CLIPScore", "CLIPScore"),
     "imagereward": Known("eval.metrics.imagereward", "ImageReward", "ImageReward"),
-    "oracle": Known("eval.metrics.oracle", "Oracle", "Oracle", image_size=None),  # drawn shapes only
+    "oracle": Known("shapes.metric", "Oracle", "Oracle", image_size=None),  # drawn shapes only
 }
 PUBLISHED = ("pickscore", "hpsv2", "aesthetics", "clip", "imagereward")  # the five of the published tables
 ALIASES = {"aes": "aesthetics", "hps": "hpsv2"}  # names of train.py's --choice_model
+OF_EVERY_METRIC = ("class", "label", "untrained")  # settings that are not the class's own
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "metrics.yaml"
 
 
@@ -50,12 +53,43 @@ def canonical_name(name: str) -> str:
 
 def metric_class(name: str) -> "type[Metric]":
     known = METRICS[canonical_name(name)]
-    return getattr(importlib.import_module(known.module), known.name)
+    if not known.own:
+        return getattr(importlib.import_module(known.module), known.name)
+    from eval.metrics.base import Metric
+    try:
+        cls = getattr(importlib.import_module(known.module), known.name)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise UserError(f"{name}: the class {known.module}:{known.name} cannot be imported ({first_line(error)[:200]}): its "
+                        "folder belongs on PYTHONPATH") from None
+    if not isinstance(cls, type) or not issubclass(cls, Metric):
+        raise UserError(f"{name}: {known.module}:{known.name} is no subclass of eval.metrics.base.Metric (docs/evaluation.md)")
+    return cls
+
+
+def register_own(name: str, section: dict, path: Path) -> None:
+    """Know a metric by the class that its section of a metrics.yaml names. Raises UserError."""
+    module, colon, cls = str(section["class"]).partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), cls]):
+        raise UserError(f"{path}: the class of {name} must be package.module:Class, not {section['class']!r}")
+    if name in ALIASES or name in METRICS and not METRICS[name].own:
+        raise UserError(f"{path}: {name} is the name of a metric that is there already: call the class's otherwise")
+    METRICS[name] = Known(module, cls, str(section.get("label") or name), image_size=None, own=True)
+
+
+def looks_at(name: str, settings: dict) -> int | None:
+    """The side of the pixels that a metric looks at; None where it takes the images themselves."""
+    from eval.metrics.base import Metric
+    known, default = METRICS[name], METRICS[name].image_size
+    if known.own:
+        cls = metric_class(name)
+        default = getattr(cls, "image_size", None) if cls.score is Metric.score else None
+    return settings.get("image_size", default)
 
 
 def read_config(path: str | os.PathLike | None = None) -> dict[str, dict]:
-    """metrics.yaml: for each metric, the arguments of its class. A value that names a file or folder beside the yaml
-    file means that one. Raises UserError when the file is missing or no such mapping."""
+    """metrics.yaml: for each metric, the arguments of its class and OF_EVERY_METRIC. A value that names a file or folder
+    beside the yaml file means that one. Metrics of one's own are known by name from here on. Raises UserError when the file
+    is missing or no such mapping."""
     path = Path(path or DEFAULT_CONFIG)
     try:
         config = yaml.safe_load(path.read_text()) or {}
@@ -66,7 +100,9 @@ def read_config(path: str | os.PathLike | None = None) -> dict[str, dict]:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(config, dict) or not all(isinstance(section, dict | None) for section in config.values()):
         raise UserError(f"{path} must map metric names to their settings, as configs/metrics.yaml does")
-    for name in config:
+    for name, section in config.items():
+        if (section or {}).get("class"):
+            register_own(name, section, path)
         canonical_name(name)
     return {
         name: {key: str(path.parent / value) if isinstance(value, str) and (path.parent / value).exists() else value
@@ -76,17 +112,38 @@ def read_config(path: str | os.PathLike | None = None) -> dict[str, dict]:
 
 
 def metric_settings(name: str, config: dict | str | os.PathLike | None = None) -> dict:
-    """The settings of one metric; `config` is a metrics.yaml, what read_config made of one, or None for the default."""
+    """The settings of one metric's class; `config` is a metrics.yaml, what read_config made of one, or None for the
+    default."""
     config = config if isinstance(config, dict) else read_config(config)
-    return config.get(canonical_name(name), {})
+    return {key: value for key, value in config.get(canonical_name(name), {}).items() if key not in OF_EVERY_METRIC}
+
+
+def is_untrained(name: str, config: dict[str, dict]) -> bool:
+    """Whether its model learned nothing, so that its scores are no results."""
+    return bool(config.get(name, {}).get("untrained"))
 
 
 def metric_version(name: str, config: dict | str | os.PathLike | None = None) -> str:
-    """What a kept score depends on besides image and prompt: the metric's revision and its settings, files by content."""
+    """What a kept score depends on besides image and prompt: the metric's revision and its settings, files by content; of a
+    class of one's own its file too."""
     name, settings = canonical_name(name), metric_settings(name, config)
     parts = [f"{key}={'sha256:' + fingerprint(value) if isinstance(value, str) and Path(value).exists() else value}"
-            for key, value in sorted(settings.items())]
+             for key, value in sorted(settings.items())]
+    if METRICS[name].own:
+        parts.insert(0, f"class={METRICS[name].module}:{METRICS[name].name} sha256:{fingerprint(class_file(name))}")
     return " ".join([f"{name} {METRICS[name].revision}", *parts])
+
+
+def class_file(name: str) -> str:
+    """The file of a class of one's own. Raises UserError."""
+    module = METRICS[name].module
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.origin or not Path(found.origin).is_file():
+        raise UserError(f"{name}: there is no module {module}: its folder belongs on PYTHONPATH")
+    return found.origin
 
 
 def load_metric(name: str, device: str = "cpu", config: dict | str | os.PathLike | None = None) -> "Metric":

@@ -3,10 +3,13 @@
 import torch
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from common.errors import warn
+from common.files import digest
 from eval.metrics.base import OTHER_FILE, Metric, linear_head, pretrained, weight_file
 from models.weights import from_hub, load_strictly, read_state_dict
 
 HEAD_FILE = "aesthetic-model.pth"
+HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"  # of the published file
 
 
 class Aesthetics(Metric):
@@ -24,6 +27,9 @@ class Aesthetics(Metric):
         self.model = pretrained(CLIPVisionModelWithProjection, model, "the aesthetic predictor").to(self.device)
         self._check_image_size(self.model.config.image_size)
         path = weight_file(head, HEAD_FILE)
+        if digest(path) != HEAD_SHA256:
+            warn(f"{path} is not LAION's published head of the aesthetic predictor (sha256 {HEAD_SHA256[:12]}...): its scores "
+                 "compare with those of no table")
         state = {key.removeprefix("layers."): value for key, value in read_state_dict(path).items()}
         self.head = linear_head(self.model.config.projection_dim)
         load_strictly(self.head, state, path, OTHER_FILE)

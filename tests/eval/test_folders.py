@@ -91,6 +91,33 @@ def test_several_images_a_prompt_are_seeded_with_seed_plus_k(generate, drawn, fo
     assert [entry["metadata"]["image_seed"] for entry in entries(manifest)] == [0, 1, 0, 1]
 
 
+def test_a_seed_per_prompt_is_its_own_for_every_image(generate, drawn, folder, manifest):
+    generate(seed_per_prompt=True, num_images_per_prompt=2, seed=3, limit=3)
+    seeds = [seed for _, seed in drawn]
+    assert seeds == [3, 4, 5, 6, 7, 8]
+    entries = json.loads(manifest.with_name(manifest.name.replace("seed0", "seed3")).read_text())
+    assert [entry["metadata"]["image_seed"] for entry in entries] == seeds and entries[0]["metadata"]["seed_per_prompt"]
+    with pytest.raises(UserError, match="seed_per_prompt was True, now False"):
+        generate(num_images_per_prompt=2, seed=3, limit=3)
+
+
+def test_a_generate_whose_model_is_not_there_leaves_nothing(generate, family, folder, manifest, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "load_models", lambda *_: (_ for _ in ()).throw(UserError("no such model")))
+        with pytest.raises(UserError, match="no such model"):
+            generate()
+        assert not folder.exists() and not manifest.exists() and (folder.parent / "unet.pth").exists()
+        with pytest.raises(UserError, match="no such model"):
+            generate(unet_path="org/name", output_dir=str(folder.parent / "output"))
+        assert not (folder.parent / "output").exists()
+    generate(limit=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "load_models", lambda *_: (_ for _ in ()).throw(UserError("no such model")))
+        with pytest.raises(UserError, match="no such model"):
+            generate()
+    assert len(list(folder.glob("*.png"))) == 2 and (folder / "settings.json").exists()
+
+
 def test_a_finished_run_is_skipped_and_a_longer_one_goes_on(generate, drawn, folder, manifest):
     generate(limit=2)
     first = (folder / "0_64x64.png").stat().st_mtime_ns

@@ -79,19 +79,24 @@ def test_kept_scores_follow_image_content_and_metric_version(make_manifest, metr
     assert run([manifest], metrics_config, "--metrics", "aesthetics") == 0
 
 
-def test_kept_scores_that_are_no_numbers_or_of_unknown_metrics_are_not_used(make_manifest, metrics_config, monkeypatch):
+def test_kept_scores_that_are_no_numbers_are_not_used_and_those_of_unknown_metrics_stay(make_manifest, metrics_config, monkeypatch):
     manifest = make_manifest("a", PROMPTS)
     run([manifest], metrics_config, "--metrics", "aesthetics")
     right, scored = kept(manifest), []
     wrong = json.loads(json.dumps(right))
     wrong["metrics"]["beauty"] = wrong["metrics"]["aesthetics"]
     for image, fault in zip(wrong["images"], ["5.5", float("nan"), None, 10**400]):
-        image["scores"] = {"aesthetics": fault, "beauty": 1.0}
+        image["scores"] = {"aesthetics": fault}
+    for image in wrong["images"]:
+        image["scores"]["beauty"] = 1.0
     manifest.with_name(f"{manifest.stem}_scores.json").write_text(json.dumps(wrong))
     monkeypatch.setattr(scoring, "score_images", lambda metric, images, size, of=scoring.score_images:
                         scored.append(len(images)) or of(metric, images, size))
     assert run([manifest], metrics_config, "--metrics", "aesthetics") == 0
-    assert kept(manifest) == right and scored == [4]
+    found = kept(manifest)
+    assert found["metrics"].pop("beauty") == {**right["metrics"]["aesthetics"], "mean": 1.0}
+    assert [image["scores"].pop("beauty") for image in found["images"]] == [1.0] * 5
+    assert found == right and scored == [4]
 
 
 def test_scorings_at_one_time_keep_each_others_scores(make_manifest, metrics_config, monkeypatch):
@@ -130,7 +135,7 @@ def test_a_metric_without_weights_fails_alone(make_manifest, metrics_config, tmp
 
 
 @pytest.mark.parametrize("metric, of", [
-    ("clip", "eval.metrics.clip.CLIPScore._score"), ("oracle", "eval.metrics.oracle.Oracle.score")])
+    ("clip", "eval.metrics.clip.CLIPScore._score"), ("oracle", "shapes.metric.Oracle.score")])
 def test_a_score_that_is_no_number_fails_its_metric(metric, of, make_manifest, metrics_config, monkeypatch, capsys):
     manifest = make_manifest("a", PROMPTS)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The models that eval.metrics.tiny writes."""
+"""The models that shapes.tiny_metrics writes."""
 
 import json
 import re
@@ -122,6 +122,6 @@ def write_models(output: Path, vision_width: int, image_size: int, patch_size: i
         "imagereward": {"model": "imagereward", "tokenizer": "imagereward/tokenizer"},
     }
     config = output / "metrics.yaml"
-    config.write_text(yaml.safe_dump({name: {**section, "image_size": image_size} for name, section in sections.items()},
-                                     sort_keys=False))
+    config.write_text(yaml.safe_dump({name: {**section, "image_size": image_size, "untrained": True}
+                                      for name, section in sections.items()}, sort_keys=False))
     return config
