@@ -1,7 +1,7 @@
 """What flow-matching families share: times, noising, guidance, sampler, a KL VAE.
 
 A transformer predicts the velocity, noise - x0, of x_t = (1 - sigma) x0 + sigma noise. Times are 1000 sigma, as the
-schedulers count them, in float32 up to the network; what a network rounds inside is said in its family's file.
+schedulers count them, in float32 up to the network; a family's file says what its network rounds.
 """
 
 from pathlib import Path
@@ -18,8 +18,8 @@ from models.parts import PipelineParts
 
 
 class FlowSampler(FlowMatchEulerDiscreteScheduler):
-    """Euler steps along the velocity, with what diffusers' other schedulers have."""
-    init_noise_sigma = 1.0
+    init_noise_sigma = 1.0  # what diffusers' other schedulers have
+
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
         return sample
 

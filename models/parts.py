@@ -17,8 +17,8 @@ LONGEST_CAPTION = 20_000  # characters: no encoder reads so far, and tokenizing 
 
 
 def each_alone(encode):
-    """A family's encode_text, one prompt at a time (so are images encoded): kernels round differently for another batch size, and a cache, made in
-    larger batches, has to hold what training would compute. Encoders this large are as fast."""
+    """A family's encode_text, one prompt at a time, as images are encoded too: kernels round differently for another batch
+    size, and a cache, made in larger batches, has to hold what training would compute. Encoders this large are as fast."""
 
     @wraps(encode)
     @torch.no_grad()

@@ -24,7 +24,7 @@ class SamplingSettings:
     width: int
     num_inference_steps: int
     cfg: float
-    cfg_convention: str  # "official": e_cond + cfg (e_cond - e_uncond); "diffusers": as the family's own pipeline, e_uncond + cfg (e_cond - e_uncond)
+    cfg_convention: str  # "official": e_cond + cfg (e_cond - e_uncond); "diffusers": as the family's own pipeline has it
     scheduler: str  # "euler", or "default" for the pipeline's own
     latents_dtype: torch.dtype  # of the latents through all steps; the noise is drawn in the network's
 

@@ -65,7 +65,7 @@ def here(program, words, *groups):
 def common(kind, bases, pairs_dir):
     return ["--pretrained_model_name_or_path", bases[kind], "--train_data_dir", pairs_dir, "--resolution", SIDE.get(kind, 32),
             "--lr_warmup_steps", 0, "--max_train_steps", 3, "--checkpointing_steps", 1, "--train_batch_size", 2, "--seed", 1,
-            "--learning_rate", 1e-3, "--optimizer", "adamw", "--report_to", "none", "--use_winner_preserving",
+            "--learning_rate", 1e-3, "--optimizer", "adamw", "--report_to", "none", "--use_winner_preserving", "--beta_dpo", 100,
             *(["--max_sequence_length", WORDS[kind]] if kind in WORDS else [])]
 
 
