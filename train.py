@@ -16,14 +16,20 @@ from common.train_options import TrainOptions, parse_options
 from prompts import prompts_of
 
 if TYPE_CHECKING:
-    from training.fit import Outcome, Watch
+    from collections.abc import Callable
+
+    from models.family import Family
+    from training.fit import Outcome, Task, Watch
+    from training.run import Run
 
 
-def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
+def train(options: TrainOptions, watch: "Watch | None" = None,
+          make_task: "Callable[[Run, Family], Task] | None" = None) -> "Outcome":
     """Train as the options say, and leave the result in their output_dir; a library call.
 
-    watch(step, network, scalars) is called before the first step and after each. Raises UserError for what the user can
-    mend. Nothing heavy is imported before the options are known to be good and the base to be there.
+    watch(step, network, scalars) is called before the first step and after each. make_task: for experiments, what makes
+    another task than the options name. Raises UserError for what the user can mend. Nothing heavy is imported before the
+    options are known to be good and the base to be there.
     """
     start = time.monotonic()
     options.run.validation_prompts = prompts_of(options.run.validation_prompts)
@@ -36,17 +42,23 @@ def train(options: TrainOptions, watch: "Watch | None" = None) -> "Outcome":
 
     # 2. The run: devices, folder, seed.
     from common.signals import StopSignal
-    from training.fit import fit
+    from training.fit import Outcome, fit
     from training.run import start_run
     with StopSignal() as stop:
         run = start_run(options, stop)
 
         # 3. What is learned from what: pairs or prompts, policy and reference.
-        if options.objective.train_method == "spo":
+        if make_task:
+            pass
+        elif options.objective.train_method == "spo":
             from spo.task import make_task  # online: it samples its pairs itself, from prompts
         else:
             from training.preference import make_task
         task = make_task(run, family)
+        if options.run.dry_run:
+            from training.dry_run import STEPS, dry_run
+            dry_run(task, run, family)
+            return Outcome(STEPS, finished=False)
 
         # 4. The loop.
         outcome = fit(task, run, watch)

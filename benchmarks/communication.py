@@ -1,4 +1,4 @@
-"""What several processes tell each other in an optimizer step, counted; and a model of the step's time over GPUs.
+"""What several processes send each other in an optimizer step, counted; and a model of the step's time over GPUs.
 
     python -m benchmarks.communication
 

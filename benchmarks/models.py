@@ -72,7 +72,7 @@ class RandomWeights:
     def encoder_sources(self) -> dict:
         return {}
 
-    def sampler(self, kind: str, steps: int, device: torch.device) -> EulerDiscreteScheduler:
+    def sampler(self, kind: str, steps: int, device: torch.device, size=None) -> EulerDiscreteScheduler:
         scheduler = EulerDiscreteScheduler(**NOISE)
         scheduler.set_timesteps(steps, device=device)
         return scheduler

@@ -83,7 +83,7 @@ def main() -> None:
         return one_pass(args.manifest, args.metrics, args)
 
     from eval.metrics import PUBLISHED
-    from eval.metrics.tiny import write_tiny_metrics
+    from shapes.tiny_metrics import write_tiny_metrics
 
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_images(Path(folder), args.num_images, args.size)

@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.optimization import Adafactor
 
 from benchmarks.models import RESOLUTIONS, frozen, make_family, make_unet, network_inputs
+from benchmarks.step_options import VARIANTS, StepOptions
 from benchmarks.timing import Parts, matrix_rate
-from benchmarks.train_step import VARIANTS, StepOptions
 from common.errors import UserError
 from common.signals import StopSignal
 from common.train_options import TrainOptions, parse_options

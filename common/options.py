@@ -46,7 +46,7 @@ class Declaration:
             return None
         low = self.at_least if self.at_least is not None else self.above
         high = self.at_most if self.at_most is not None else self.below
-        inside = (math.isfinite(value)
+        inside = ((isinstance(value, int) or math.isfinite(value))  # an int too large for a float is still finite
                   and (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
                   and (self.at_most is None or value <= self.at_most) and (self.below is None or value < self.below))
         if inside:

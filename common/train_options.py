@@ -74,12 +74,19 @@ class MemoryOptions:
 class DataOptions:
     title = "data"
 
-    dataset_name: str | None = option(None, "preference pairs: a hub id or a local folder or parquet file")
+    dataset_name: str | None = option(None, "preference pairs: a hub id, or as --train_data_dir")
     dataset_config_name: str | None = option(None, "configuration of the hub dataset")
-    train_data_dir: str | None = option(None, "local folder (parquet, or saved by datasets) of the same columns")
+    train_data_dir: str | None = option(None, "local pairs: a folder (parquet, saved by datasets, or images in w/ and "
+                                        "l/), or a file (parquet, or a JSONL or CSV of paths)")
     split: str = option("train", "split of the dataset; only 'train' is shuffled")
-    image_column: str = option("image", "image column of a dataset without pairs", methods=("sft",))
-    caption_column: str = option("caption", "caption column")
+    dataset_shards: int | None = option(None, "download only the split's first N parquet files of a hub dataset", at_least=1)
+    image_column: str = option("image", "image column of a dataset without pairs", methods=("sft", "kto"))
+    caption_column: str = option("caption", "caption column", default_text="caption, or else prompt or text")
+    winner_column: str | None = option(None, "image column of the winners, where the layout is not a known one",
+                                       needs="loser_column", methods=OFFLINE)
+    loser_column: str | None = option(None, "image column of the losers", needs="winner_column", methods=OFFLINE)
+    label_column: list[str] = option([], "column that decides: the first image's share of the votes; or two of scores; of "
+                                     "single images whether each is liked", methods=OFFLINE)
     max_train_samples: int | None = option(None, "use a seeded shuffle's first N pairs (spo: prompts)", at_least=1)
     resolution: int | None = option(None, "training size in pixels", at_least=8,
                                     default_text="the base's own: SD1.5 512, SDXL 1024; flow matching 512 at most")
@@ -161,6 +168,14 @@ class ObjectiveOptions:
         return self.train_method == "sft"
 
     @property
+    def needs_pairs(self) -> str | None:
+        """An option in use that means nothing for single images, if any."""
+        if self.winners_only:
+            return None
+        return next((name for name in ("use_winner_preserving", "winner_error_weight", "fixed_lambda")
+                     if getattr(self, name) not in (None, False, 0.0)), None)
+
+    @property
     def safeguards_parameters(self) -> bool:
         return self.use_winner_preserving and not self.winners_only and self.winner_preserving_space == "parameter"
 
@@ -224,6 +239,7 @@ class RunOptions:
     push_to_hub: bool = option(False, "upload the trained pipeline, with a model card", free=True)
     hub_model_id: str | None = option(None, "repository to push to (default: the name of output_dir)", needs="push_to_hub",
                                       free=True)
+    dry_run: bool = option(False, "take two steps, report memory, time and disk of the whole run, and leave nothing", free=True)
     local_rank: int = option(-1, "accepted and ignored: accelerate knows the rank", free=True)
 
 
@@ -348,6 +364,16 @@ def check_data_options(data: DataOptions, objective: ObjectiveOptions) -> None:
     if data.cached_dataset and data.choice_model and data.source is None:
         raise UserError("--choice_model looks at the images, which a cache does not hold: name them too, with "
                         "--train_data_dir or --dataset_name")
+    for one, other in (("winner_column", "loser_column"), ("loser_column", "winner_column")):
+        if getattr(data, one) and not getattr(data, other):
+            raise UserError(f"--{one} needs --{other}: name both image columns of a pair")
+    if data.winner_column and data.winner_column == data.loser_column:
+        raise UserError(f"--winner_column and --loser_column are both {data.winner_column}: a pair has two images")
+    if len(data.label_column) > 2:
+        raise UserError(f"--label_column takes one column, or two of scores, not {len(data.label_column)}")
+    if data.dataset_shards and data.is_local:
+        raise UserError(f"--dataset_shards is for a dataset on the hub, {data.source} is here: drop it, or take "
+                        "--max_train_samples")
     if data.cached_dataset and data.random_crop:
         raise UserError("--cached_dataset holds centre crops: drop --random_crop, or train without a cache")
 

@@ -2,10 +2,10 @@
 
     python -m data.check DATASET [train.py's flags]
 
-DATASET is a hub id, a local folder or a parquet file (or name it as train.py does). Reports which pairs would be dropped,
-used with a remark, or replaced by their neighbour, and why; which contradict each other; how labels and image sizes are
-spread; and, with --pretrained_model_name_or_path, how much of the captions its text encoder reads. Exits 1 where more than
---max_bad_fraction of the pairs cannot be used.
+DATASET is a hub id, a local folder or a file (or name it as train.py does). Reports how it was read (--sheet FILE.png shows
+the first pairs so); which pairs would be dropped, used with a remark, or replaced by their neighbour, and why; which
+contradict each other; how labels and image sizes are spread; and, with --pretrained_model_name_or_path, how much of the
+captions its text encoder reads. Exits 1 where more than --max_bad_fraction of the pairs cannot be used.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.errors import UserError, quiet_libraries, run_program
 from common.options import option, parse
-from common.train_options import GROUPS, TrainOptions
+from common.train_options import GROUPS, TrainOptions, check_data_options
 
 
 @dataclass
@@ -23,6 +23,7 @@ class CheckOptions:
     title = "the check"
 
     num_workers: int = option(min(8, os.cpu_count() or 1), "processes that read images", at_least=0)
+    sheet: str | None = option(None, "draw the first pairs, winners left, into this PNG")
     report: str | None = option(None, "write each pair that cannot be used to this file, as a line of JSON")
 
 
@@ -33,16 +34,19 @@ def main() -> None:
     groups, given = parse([*GROUPS, CheckOptions], argv, program="python -m data.check", description=__doc__, configurable=True)
     options, own = TrainOptions(*groups[:len(GROUPS)], given), groups[-1]
     if options.data.source is None:
-        raise UserError("name the pairs to check: a hub id, a local folder or a parquet file")
-    if own.report and not Path(own.report).absolute().parent.is_dir():
-        raise UserError(f"--report {own.report}: there is no folder {Path(own.report).parent}")
+        raise UserError("name the pairs to check: a hub id, a local folder or a file")
+    check_data_options(options.data, options.objective)
+    for name in ("report", "sheet"):
+        file = getattr(own, name)
+        if file and not Path(file).absolute().parent.is_dir():
+            raise UserError(f"--{name} {file}: there is no folder {Path(file).parent}")
     family = None
     if options.model.pretrained_model_name_or_path:
         from models.family import open_family
         family = open_family(options.model)
     quiet_libraries()
     from data.look import look
-    look(options, family, own.num_workers, own.report)
+    look(options, family, own.num_workers, own.report, own.sheet)
 
 
 if __name__ == "__main__":

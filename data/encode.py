@@ -26,6 +26,7 @@ from common.train_options import DataOptions, TrainOptions
 from data.bad_pairs import BadPair, decode_images, read_row, usable_captions
 from data.cached import MANIFEST, PROMPTS, ROWS, SETTINGS, cache_settings, read_settings, with_checks
 from data.images import cut_square, scale_pixels
+from data.layouts import caption_column
 from data.pairs import worker_count
 from data.table import choose_pairs, column_values, content_digest, load_table
 from models.devices import COMPUTE_DTYPES, raise_together, writing
@@ -153,8 +154,8 @@ def make_cache(options: TrainOptions, family: Family, accelerator: Accelerator, 
     with accelerator.main_process_first():
         table = load_table(data, options.model.cache_dir)
     labels = np.ones(len(table)) if data.choice_model else None  # those come later, from the images
-    winners_only = options.objective.winners_only
-    columns = choose_pairs(table, data, 0, labels, winners_only).image_columns  # which also reports a faulty table
+    pairs = choose_pairs(table, data, 0, labels, options.objective.train_method)  # which also reports a faulty table
+    columns = pairs.image_columns
     family.load_encoders(COMPUTE_DTYPES[options.memory.mixed_precision], accelerator.device)
     encode_table(table, columns, family, data, options.memory.mixed_precision, accelerator, pairs_per_shard, batch_size)
 
@@ -163,7 +164,7 @@ def encode_table(table: datasets.Dataset, columns: list[str], family: Family, da
                  accelerator: Accelerator, pairs_per_shard: int = 1024, batch_size: int = 8) -> None:
     """Write the whole cache, or what is missing of it; every process must call this. Raises UserError."""
     folder = Path(data.cached_dataset)
-    prompts = list(dict.fromkeys(["", *usable_captions(column_values(table, data.caption_column))]))
+    prompts = list(dict.fromkeys(["", *usable_captions(column_values(table, caption_column(table.column_names, data)))]))
     settings = cache_settings(data, family, mixed_precision, columns) | {
         "rows": len(table), "content": content_digest(table, data), "pairs_per_shard": pairs_per_shard}
     problem = None

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from common.progress import progress_bar
 from common.train_options import DataOptions
 from data.bad_pairs import BadPair, decode_images, read_caption, read_row
+from data.layouts import find_layout
 from data.table import content_digest
 from common.errors import UserError
 
@@ -27,11 +28,13 @@ def ai_feedback_labels(table: datasets.Dataset, data: DataOptions, output_dir: P
     """
     from eval.metrics import load_metric, metric_version
 
-    missing = [name for name in (data.caption_column, "jpg_0", "jpg_1") if name not in table.column_names]
+    layout = find_layout(table.column_names, data, "pairs", labelled=False)
+    columns = [layout.caption, *layout.images]
+    missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise UserError(f"{data.source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
     version = metric_version(data.choice_model, data.metrics_config)
-    key = hashlib.sha256(f"{version}|{data.caption_column}|{content_digest(table, data)}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{version}|{layout.caption}|{content_digest(table, data)}".encode()).hexdigest()[:16]
     folder = output_dir / "ai_feedback" / f"{data.choice_model}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -42,7 +45,7 @@ def ai_feedback_labels(table: datasets.Dataset, data: DataOptions, output_dir: P
         scorer = load_metric(data.choice_model, device=str(accelerator.device), config=data.metrics_config)
         for start in progress_bar(own, desc=f"{data.choice_model} labels", unit_scale=ROWS_A_FILE, unit="pair",
                                   disable=not accelerator.is_local_main_process):
-            scores = score_rows(table, range(start, min(start + ROWS_A_FILE, len(table))), data.caption_column, scorer)
+            scores = score_rows(table, range(start, min(start + ROWS_A_FILE, len(table))), columns, scorer)
             aside = folder / f".{start}.partial.npy"
             np.save(aside, scores)
             aside.rename(score_file(folder, start))
@@ -57,8 +60,9 @@ def score_file(folder: Path, start: int) -> Path:
     return folder / f"rows-{start:09d}.npy"
 
 
-def score_rows(table: datasets.Dataset, rows: range, caption_column: str, scorer) -> np.ndarray:
-    """Scores (rows, 2) of both images under their caption; NaN where the row cannot be used as a pair."""
+def score_rows(table: datasets.Dataset, rows: range, columns: list[str], scorer) -> np.ndarray:
+    """Scores (rows, 2) of both images under their caption; NaN where the row cannot be used as a pair. columns: of the caption
+    and of the two images."""
     scores = np.full((len(rows), 2), np.nan)
     for first in range(0, len(rows), BATCH):
         batch = rows[first:first + BATCH]
@@ -66,7 +70,7 @@ def score_rows(table: datasets.Dataset, rows: range, caption_column: str, scorer
         for place, number in enumerate(batch, start=first):
             try:
                 row = read_row(table, number)
-                pair, caption = decode_images(row, ["jpg_0", "jpg_1"]), read_caption(row, caption_column)
+                pair, caption = decode_images(row, columns[1:]), read_caption(row, columns[0])
             except BadPair:
                 continue
             places.append(place)

@@ -17,6 +17,7 @@ from data.bad_pairs import BadPair, read_caption, read_row
 from data.contradictions import contradictions
 from common.images import BadImage, image_bytes, mode_and_size
 from data.pairs import PairDataset
+from data.sheet import write_sheet
 from data.table import PairTable, choose_pairs, load_table
 from models.family import Family
 
@@ -74,16 +75,19 @@ class CheckedPairs(torch.utils.data.Dataset):
         return report
 
 
-def look(options: TrainOptions, family: Family | None, workers: int, report_file: str | None) -> None:
+def look(options: TrainOptions, family: Family | None, workers: int, report_file: str | None,
+         sheet: str | None = None) -> None:
     """Look through the pairs that the options name and print what is found. Raises UserError for too many bad pairs."""
     data = options.data
     resolution = data.resolution or (family.training_resolution if family else 512)
     table = load_table(data, options.model.cache_dir)
-    winners_only = options.objective.winners_only or "jpg_0" not in table.column_names and data.image_column in table.column_names
-    pairs = choose_pairs(table, data, seed=0, winners_only=winners_only)
-    print(f"{data.source}, split {data.split}: {len(table)} rows, {len(pairs)} to train on")
+    winners_only, method = options.objective.winners_only, options.objective.train_method
+    pairs = choose_pairs(table, data, seed=0, method=method if "train_method" in options.given or winners_only else None)
+    print(f"{data.source}, split {data.split}: {len(table)} rows, {len(pairs)} to train on\n  read as {pairs.layout}")
     for note in pairs.notes:
         print(f"  {note}")
+    if sheet:
+        print(f"  {write_sheet(pairs, sheet)} of them are drawn in {sheet}")
     reports = look_through(pairs, data, workers, winners_only)
     bad = [report for report in reports if report.fault]
     used = [report for report in reports if not report.fault]
@@ -125,7 +129,7 @@ def look_through(pairs: PairTable, data: DataOptions, workers: int, winners_only
 
 def balance(pairs: PairTable) -> list[str]:
     """How often image 0 wins: a share far from one half hints at labels that tell the column and not the preference."""
-    if len(pairs.image_columns) < 2:
+    if not pairs.paired:
         return []
     return [f"Labels: image 0 wins {int(pairs.first_wins.sum())} of {len(pairs)} pairs ({pairs.first_wins.mean():.1%})"]
 

@@ -26,7 +26,8 @@ class PairDataset(torch.utils.data.Dataset):
     passed_over (): how many were.
 
     pixel_values (2, 3, H, W) uint8, winner first (with winners_only (1, ...)); timestep () in [0, 1); noise (C, h, w);
-    vae_noise (2, C, h, w); tokens.NAME for each of the family's; position (), index ().
+    vae_noise (2, C, h, w); tokens.NAME for each of the family's; position (), index (). Of single images (1, ...) each, and
+    liked () bool.
     With a cache, in place of pixel_values and tokens: moments (2, 2C, h, w) and text.NAME.
     """
 
@@ -90,11 +91,15 @@ class PairDataset(torch.utils.data.Dataset):
         row = read_row(self.pairs.rows, self.row(index))
         caption = read_caption(row, self.pairs.caption_column)
         caption = "" if draw.drop_prompt < data.proportion_empty_prompts else caption
-        members = [0, 1] if self.pairs.first_wins[index] else [1, 0]  # of the image columns, winner first
-        members = members[:1] if self.winners_only else members
+        wins = bool(self.pairs.first_wins[index])
+        if self.pairs.paired:
+            members = [0, 1] if wins else [1, 0]  # of the image columns, winner first
+            members = members[:1] if self.winners_only else members
+        else:
+            members = [0]
         uniform = draw.flip[[0, 0]] if data.paired_hflip else draw.flip
         flips = [not data.no_hflip and bool(uniform[i] < 0.5) for i in range(len(members))]
-        item = {"vae_noise": draw.vae_noise[:len(members)]}
+        item = {"vae_noise": draw.vae_noise[:len(members)]} | ({} if self.pairs.paired else {"liked": torch.tensor(wins)})
         columns = [self.pairs.image_columns[member] for member in members]
         if self.cache is not None:
             self.cache.check_images(self.row(index), columns)

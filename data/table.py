@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pyarrow.compute
 
 from common.errors import UserError, first_line
 from common.train_options import DataOptions
+from data.files import LISTINGS, has_pair_folders, read_listing, read_pair_folders
+from data.layouts import decide, find_layout
 
 
 def load_table(data: DataOptions, cache_dir: str | None = None) -> datasets.Dataset:
@@ -27,12 +30,21 @@ def load_table(data: DataOptions, cache_dir: str | None = None) -> datasets.Data
                 table = table[data.split]
             else:
                 check_only_split(data)
+        elif path.is_dir() and has_pair_folders(path):
+            check_only_split(data)
+            table = read_pair_folders(path)
+        elif path.is_file() and path.suffix.lower() in LISTINGS:
+            check_only_split(data)
+            table = read_listing(path)
         elif path.is_file():
             check_only_split(data)
             table = datasets.load_dataset("parquet", data_files={data.split: source}, split=data.split,
                                           cache_dir=cache_dir)
         elif data.train_data_dir and not path.is_dir():
-            raise UserError(f"--train_data_dir {source}: no such folder or parquet file")
+            raise UserError(f"--train_data_dir {source}: no such folder or file")
+        elif data.dataset_shards:
+            from data.shards import load_first_shards
+            table = load_first_shards(data, cache_dir)
         else:
             table = datasets.load_dataset(source, data.dataset_config_name, split=data.split, cache_dir=cache_dir)
     except UserError:
@@ -68,11 +80,11 @@ def column_values(table: datasets.Dataset, name: str) -> np.ndarray:
 
 def content_digest(table: datasets.Dataset, data: DataOptions) -> str:
     """Identity of the rows without reading an image: captions, labels, and the length of each encoded image."""
-    sha = hashlib.sha256()
-    for name in (data.caption_column, "label_0"):
+    sha, layout = hashlib.sha256(), find_layout(table.column_names, data, labelled=False)
+    for name in (layout.caption, *layout.labels):
         for value in column_values(table, name) if name in table.column_names else ():
             sha.update(repr(value).encode("utf-8", "surrogatepass"))
-    for name in ("jpg_0", "jpg_1", data.image_column):
+    for name in dict.fromkeys([*layout.images, data.image_column]):
         if name in table.column_names:
             for chunk in _lengths(table, name):
                 sha.update(repr(chunk.to_pylist()).encode("utf-8", "surrogatepass"))
@@ -80,15 +92,26 @@ def content_digest(table: datasets.Dataset, data: DataOptions) -> str:
 
 
 def _lengths(table: datasets.Dataset, name: str) -> list[pyarrow.Array]:
-    """An image column's encoded lengths, chunk by chunk, without reading an image; images kept as paths stay as they are."""
+    """An image column's encoded lengths, chunk by chunk, without reading an image; of images kept as paths, their files'."""
     chunks = []
     for chunk in table.select_columns(name).with_format("arrow")[:][name].chunks:
         if pyarrow.types.is_struct(chunk.type) and chunk.type.get_field_index("bytes") >= 0:
-            chunk = chunk.field("bytes")
+            if chunk.field("bytes").null_count and chunk.type.get_field_index("path") >= 0:
+                chunk = pyarrow.array([len(cell["bytes"]) if cell and cell["bytes"] is not None else _file_size(cell)
+                                       for cell in chunk.to_pylist()], pyarrow.int32())
+            else:
+                chunk = chunk.field("bytes")
         if pyarrow.types.is_binary(chunk.type) or pyarrow.types.is_large_binary(chunk.type):
             chunk = pyarrow.compute.binary_length(chunk)
         chunks.append(chunk)
     return chunks
+
+
+def _file_size(cell: dict | None) -> int | None:
+    try:
+        return os.path.getsize(cell["path"]) if cell and cell["path"] else None
+    except (OSError, ValueError):
+        return None
 
 
 def encoded_lengths(table: datasets.Dataset, name: str) -> np.ndarray:
@@ -99,8 +122,9 @@ def encoded_lengths(table: datasets.Dataset, name: str) -> np.ndarray:
 
 @dataclass
 class PairTable:
-    """rows: the table. index: (n,) the usable rows. first_wins: (n,) bool, image 0 is the winner. image_columns: two,
-    or the one of a dataset without pairs (sft). notes: what was dropped, for the start-up summary."""
+    """rows: the table. index: (n,) the usable rows. first_wins: (n,) bool, image 0 is the winner; of single images, whether
+    it is liked. image_columns: two, or the one of single images (sft, kto). notes: what was dropped, and layout how the
+    table was read, for the start-up summary."""
 
     rows: datasets.Dataset
     index: np.ndarray
@@ -108,9 +132,14 @@ class PairTable:
     caption_column: str
     image_columns: list[str]
     notes: list[str]
+    layout: str = ""
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def paired(self) -> bool:
+        return len(self.image_columns) == 2
 
     def digest(self) -> str:
         """Identity of the choice: which rows of how many, their captions, and who wins."""
@@ -121,47 +150,35 @@ class PairTable:
 
 
 def choose_pairs(table: datasets.Dataset, data: DataOptions, seed: int, labels: np.ndarray | None = None,
-                 winners_only: bool = False) -> PairTable:
-    """Which rows are trained on, and who wins (method rules: label_0 is 1, 0 or 0.5; 0.5 is dropped).
+                 method: str | None = "diffusion-dpo") -> PairTable:
+    """Which rows are trained on, and who wins (rules: data/layouts.py; ties are dropped).
 
-    labels: (rows,) replaces label_0, for AI feedback. winners_only: a dataset of single images will do. Raises UserError for missing columns, labels outside
-    {0, 0.5, 1}, or when nothing is left.
+    labels: (rows,) of 1, 0 and 0.5, for AI feedback, replace the table's. method: sft and kto (or None, for any) will do
+    with single images. Raises UserError for an unknown layout, missing columns, labels that decide nothing, or when
+    nothing is left.
     """
     names, notes = table.column_names, []
     source = data.source or f"the cache {data.cached_dataset}"
-    single = None
-    if winners_only and "jpg_0" not in names and data.image_column in names:
-        single, needed = data.image_column, [data.caption_column]
-    else:
-        needed = [data.caption_column, "jpg_0", "jpg_1"] + (["label_0"] if labels is None else [])
+    layout = find_layout(names, data, method, labelled=labels is None)
+    needed = [layout.caption, *layout.images] + (layout.labels if labels is None else [])
     needed += ["model_0", "model_1"] if data.dreamlike_pairs_only else []
     missing = [name for name in needed if name not in names]
     if missing:
         raise UserError(f"{source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has "
-                        f"{', '.join(names)}. Pairs need caption, jpg_0, jpg_1 and label_0")
+                        f"{', '.join(names)}. It is read as {layout}; other columns can be named with --caption_column, "
+                        "--winner_column, --loser_column and --label_column")
 
     keep = np.ones(len(table), dtype=bool)
     first_wins = np.ones(len(table), dtype=bool)
-    if single is None:
-        labels = column_values(table, "label_0") if labels is None else labels
-        if any(isinstance(label, (list, dict, np.ndarray)) for label in labels):
-            raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, not a list")
-        unlabelled = np.array([label is None or label != label for label in labels], dtype=bool)
-        try:
-            values = np.array([0.5 if bad else label for label, bad in zip(labels, unlabelled)], dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{source}: label_0 must be 0, 0.5 or 1 ({first_line(error)})") from None
-        odd = np.flatnonzero(~np.isin(values, (0.0, 0.5, 1.0)))
-        if len(odd):
-            raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, but row {odd[0]} has {labels[odd[0]]} "
-                            f"({len(odd)} such rows)")
-        first_wins, keep = values == 1.0, values != 0.5
-        undecided = int((~keep).sum() - unlabelled.sum())
+    if labels is not None or layout.labels:
+        if labels is None:
+            labels = decide(layout, [column_values(table, name) for name in layout.labels], source)
+        first_wins, keep, dropped = winners(labels, layout.rule, source)
         if data.choice_model:
             notes.append(f"{len(table)} pairs have their labels by {data.choice_model}")
-        notes.append(f"{undecided} of {len(table)} pairs dropped without a decision (label_0 = 0.5)")
-        if unlabelled.any():
-            notes.append(f"{int(unlabelled.sum())} pairs dropped without a label")
+        notes += dropped
+    if data.dataset_shards and table.info.description:
+        notes.insert(0, table.info.description)
     if data.dreamlike_pairs_only:
         dream = np.array(["dream" in str(a).lower() and "dream" in str(b).lower()
                           for a, b in zip(column_values(table, "model_0"), column_values(table, "model_1"))], dtype=bool)
@@ -173,5 +190,31 @@ def choose_pairs(table: datasets.Dataset, data: DataOptions, seed: int, labels: 
         notes.append(f"{len(index)} kept by --max_train_samples")
     if len(index) == 0:
         raise UserError(f"no usable pair is left of {len(table)} in {source}: {'; '.join(notes) or 'it is empty'}")
-    image_columns = [single] if single else ["jpg_0", "jpg_1"]
-    return PairTable(table, index, first_wins[index], data.caption_column, image_columns, notes)
+    return PairTable(table, index, first_wins[index], layout.caption, layout.images, notes, str(layout))
+
+
+def winners(labels: np.ndarray, rule: str, source: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Labels of 1, 0, 0.5 and None -> whether image 0 wins, which rows decide, (rows,) each, and what is dropped, in words.
+    Raises UserError for any other label."""
+    if any(isinstance(label, (list, dict, np.ndarray)) for label in labels):
+        raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, not a list")
+    unlabelled = np.array([label is None or label != label for label in labels], dtype=bool)
+    try:
+        values = np.array([0.5 if bad else label for label, bad in zip(labels, unlabelled)], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: label_0 must be 0, 0.5 or 1 ({first_line(error)})") from None
+    odd = np.flatnonzero(~np.isin(values, (0.0, 0.5, 1.0)))
+    if len(odd):
+        raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, but row {odd[0]} has {labels[odd[0]]} "
+                        f"({len(odd)} such rows); --label_column label_0 takes it for a share of votes")
+    keep = values != 0.5
+    undecided = int((~keep).sum() - unlabelled.sum())
+    notes = []
+    if rule == "like":
+        notes.append(f"{int((values == 1.0).sum())} of {len(labels)} images are liked")
+    else:
+        notes.append(f"{undecided} of {len(labels)} pairs dropped without a decision (label_0 = 0.5)" if rule == "label_0"
+                     else f"{undecided} of {len(labels)} pairs dropped as ties")
+    if unlabelled.any():
+        notes.append(f"{int(unlabelled.sum())} {'images' if rule == 'like' else 'pairs'} dropped without a label")
+    return values == 1.0, keep, notes

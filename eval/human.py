@@ -93,8 +93,8 @@ def human_lines(row: dict, labels: dict[str, str]) -> list[str]:
         return f"{agreement['share']:.1%}{interval}"
 
     agreed = [f"{labels[metric]} {percent(found)}" for metric, found in row["metrics_agree"].items() if found]
-    lines = [f"Human: {row['total_votes']} votes by {row['judges']} judge{'s' * (row['judges'] != 1)} on {row['pairs_judged']} pairs, "
-             f"{row['both_bad']} of them both bad",
+    lines = [f"Human: {row['total_votes']} votes by {row['judges']} judge{'s' * (row['judges'] != 1)} on {row['pairs_judged']} "
+             f"pairs; {row['both_bad']} votes say both bad",
              f"metrics agree with the votes for a side: {', '.join(agreed) or 'there are none'}"]
     if row["judges_agree"]:
         lines.append(f"two judges of one pair agree: {percent(row['judges_agree'])} of {row['judges_agree']['compared']}")

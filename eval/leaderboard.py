@@ -183,7 +183,8 @@ def write_leaderboard(folder: Path, result: dict, rows: list[Row], images: str) 
             "scores": row.images[model].scores}
     labels = {name: label_of(name) for name in (*result["boards"], *metrics)}
     return write_page(folder / "leaderboard.html", "leaderboard.html.j2", result=result, labels=labels,
-                      data={"models": models, "boards": list(result["boards"].items()), "labels": labels, "metrics": metrics, "rows": gallery})
+                      data={"models": models, "boards": list(result["boards"].items()), "labels": labels,
+                            "metrics": metrics, "rows": gallery})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from losses.config import LossConfig
 from losses.errors import denoising_errors, implicit_accuracy
-from losses.kto import kto_reference_point, pair_gains
+from losses.kto import kto_logits, kto_loss, kto_reference_point, pair_gains
 from losses.objectives import UNEQUAL_PULLS, Pairs, pair_loss, pulls
 from losses.safeguard import scale_gradient, winner_preserving_scale
 
@@ -27,7 +27,8 @@ class PreferenceLoss:
 
 def preference_loss(model_pred: Tensor, ref_pred: Tensor | None, target: Tensor, config: LossConfig,
                     loser_scale: Tensor | float | None = None,
-                    kto_z: Tensor | Callable[[Tensor], Tensor] | None = None) -> PreferenceLoss:
+                    kto_z: Tensor | Callable[[Tensor], Tensor] | None = None,
+                    liked: Tensor | None = None) -> PreferenceLoss:
     """One objective on a batch of B pairs.
 
     model_pred, ref_pred, target: (2B, C, H, W) predictions of the policy, of the reference (no gradient) and what they
@@ -36,6 +37,7 @@ def preference_loss(model_pred: Tensor, ref_pred: Tensor | None, target: Tensor,
     loser_scale: overrides the safeguard's lambda with a given () or (B,) one; for controls and measurements.
     kto_z: KTO's reference point (), or a function from this batch's gains (2B,) to it, for the mean over all processes:
     lambda gain: kto_reference_point(accelerator.gather(gain)). By default this batch's own. Other methods ignore it.
+    liked: (N,) bool, for kto alone: the tensors hold N single images, liked or not, instead of pairs.
 
     Raises ValueError when the shapes do not match or a preference objective gets an odd number of samples.
     """
@@ -45,6 +47,9 @@ def preference_loss(model_pred: Tensor, ref_pred: Tensor | None, target: Tensor,
         loss = denoising_errors(model_pred, target).mean()
         return PreferenceLoss(loss, None, loss.new_ones(()), {"train_loss": loss.detach(),
                                                               "model_mse_unaccumulated": loss.detach()})
+    if liked is not None and config.method == "kto":
+        return _single_images(denoising_errors(model_pred, target), denoising_errors(ref_pred.detach(), target), liked, config,
+                              kto_z)
     if len(target) % 2:
         raise ValueError(f"{config.method} needs winners and losers stacked: target {tuple(target.shape)}")
     if config.needs_reference and (ref_pred is None or ref_pred.shape != target.shape):
@@ -54,7 +59,8 @@ def preference_loss(model_pred: Tensor, ref_pred: Tensor | None, target: Tensor,
 
     pairs = _compare(model_pred.float(), ref_pred.detach().float() if config.needs_reference else None, target.float())
     if config.method == "kto":
-        pairs = replace(pairs, kto_z=_reference_point(pairs, kto_z))
+        gain, _ = pair_gains(pairs.error_w, pairs.error_l, pairs.ref_error_w, pairs.ref_error_l)
+        pairs = replace(pairs, kto_z=_reference_point(gain.detach(), kto_z))
     if loser_scale is not None:
         scale = torch.as_tensor(loser_scale, dtype=torch.float32, device=target.device)
     elif config.use_winner_preserving:
@@ -78,12 +84,27 @@ def _compare(model_pred: Tensor, ref_pred: Tensor | None, target: Tensor) -> Pai
                  None)
 
 
-def _reference_point(pairs: Pairs, given: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor:
+def _reference_point(gain: Tensor, given: Tensor | Callable[[Tensor], Tensor] | None) -> Tensor:
     """KTO's z () from what the caller gave. A function is called once, so it may communicate."""
-    gain = pair_gains(pairs.error_w, pairs.error_l, pairs.ref_error_w, pairs.ref_error_l)[0].detach()
     if callable(given):
         return given(gain)
     return kto_reference_point(gain) if given is None else given
+
+
+def _single_images(error: Tensor, ref_error: Tensor, liked: Tensor, config: LossConfig,
+                   kto_z: Tensor | Callable[[Tensor], Tensor] | None) -> PreferenceLoss:
+    """KTO on N images, each liked or not: errors (N,), liked (N,) bool. margin: (N,), beyond 0 where an image is ranked as
+    it was labelled."""
+    gain = ref_error - error
+    z = _reference_point(gain.detach(), kto_z)
+    loss = kto_loss(gain, liked, config.beta, z, config.kto_liked_weight)
+    margin = kto_logits(gain.detach(), liked, config.beta, z)
+    logs = {
+        "train_loss": loss.detach(), "implicit_acc_accumulated": implicit_accuracy(margin),
+        "model_mse_unaccumulated": error.detach().mean(), "ref_mse_unaccumulated": ref_error.mean(),
+        "liked_share": liked.float().mean(), "margin_mean": margin.mean(), "margin_square": margin.square().mean(),
+    }
+    return PreferenceLoss(loss, margin, loss.new_ones(()), logs)
 
 
 @torch.no_grad()

@@ -40,9 +40,9 @@ class Family(Protocol):
     lora_targets: list[str]
     compiled_blocks: tuple[type, ...]  # repeated blocks, compiled and sharded one by one
     resolution: int  # pixels that the base was made for
+    training_resolution: int  # the published training's, unless --resolution says otherwise
     images_at_once: int  # that eval.generate samples together
     evaluation_vae: str | None  # hub id of the VAE that the published evaluation decodes with, where not the base's own
-    training_resolution: int  # the published training's, unless --resolution says otherwise
     always_checkpoints: bool  # the published runs recompute activations whatever is asked
     empty_prompt: str  # what the pipeline's unconditional prediction reads
     empty_is_zeros: bool  # whether the base's own pipeline takes zeros for the empty prompt instead of encoding it

@@ -35,11 +35,11 @@ class StableDiffusion15:
     backbone, network, pipeline = "unet", UNet2DConditionModel, StableDiffusionPipeline
     weights_file = "unet.pth"
     resolution, always_checkpoints = 512, False
-    images_at_once, evaluation_vae = 8, None
     steps, guidance, embeds_guidance, empty_prompt = 50, 7.5, False, ""
     overflows_in_fp16, sequence_length = False, None
     ignored_options = ("timestep_sampling", "logit_mean", "logit_std", "timestep_shift", "max_sequence_length",
                        "embedded_guidance")
+    images_at_once, evaluation_vae = 8, None
     pipeline_parts = {"safety_checker": None, "feature_extractor": None}
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     compiled_blocks = (BasicTransformerBlock, ResnetBlock2D)

@@ -39,7 +39,7 @@ run bash scripts/train/sd15_diffusion_dpo.sh "${common[@]}" --output_dir "$outpu
 join plain
 
 say "3 of 5: what they learned, and their drawings from the same noise"
-run "$PYTHON" -m shapes.quickstart table plain safeguarded --output "$output"
+run "$PYTHON" -m shapes.quickstart table --runs plain safeguarded --output "$output"
 
 say "4 of 5: images of the prompt group 'shapes', by the base and by the safeguarded model"
 generate=(--pretrained_model_name_or_path "$output/base" --prompts shapes --height 32 --width 32 --num_inference_steps 30

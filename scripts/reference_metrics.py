@@ -30,7 +30,7 @@ def prepare(metric: str, folder: Path) -> None:
     import torch
     from PIL import Image
 
-    from eval.metrics.tiny_models import write_bert_tokenizer, write_imagereward
+    from shapes.tiny_models import write_bert_tokenizer, write_imagereward
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)

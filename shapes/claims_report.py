@@ -17,6 +17,8 @@ from scipy import stats
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from shapes.claims_options import METHODS, VARIANTS  # noqa: E402
+
 WINNER_TOLERANCE = 0.01  # of the reference's winner error: a smaller rise is none
 QUALITY_TOLERANCE = 0.01  # of the oracle's score, in [0, 1]: a smaller difference does not matter
 OVERHEAD_TOLERANCE = 0.05
@@ -112,7 +114,6 @@ def loser_rise(record):
 
 def write_report(settings, rates, instruments: list[Path], minutes: float) -> None:
     """claims.md, claims.html and images/ in the settings' output folder."""
-    from shapes.claims_runs import METHODS, VARIANTS  # the experiment imports this file
 
     output = Path(settings.output)
     (output / "images").mkdir(parents=True, exist_ok=True)

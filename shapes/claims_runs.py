@@ -22,8 +22,8 @@ from data.cache import CacheOptions, cache
 from losses import denoising_errors, preference_margin
 from losses.errors import implicit_accuracy
 from models.family import open_family
-from shapes.base import sample_drawing
-from shapes.claims import Settings
+from shapes.mixture import sample_drawing
+from shapes.claims_options import METHODS, VARIANTS, Settings
 from shapes.claims_report import write_report
 from shapes.drawing import caption
 from shapes.experiment import Enough, Work, do_all, draw_with, evaluating, reset_accelerate, run_options, train_here, worker_pool
@@ -35,8 +35,6 @@ from training.optimizers import make_optimizer
 from training.preference import PreferenceTask, make_task
 from training.run import start_run
 
-METHODS = {"diffusion-dpo": 0.9, "dspo": 0.2, "dmpo": 0.9}  # the published mu; beta and alpha are train.py's defaults
-VARIANTS = ("plain", "safeguarded", "lambda 0", "fixed lambda")
 WINNER_ONLY = ("sft", "winner only")
 CONFIGURATIONS = [(method, variant) for method in METHODS for variant in VARIANTS] + [WINNER_ONLY]
 SELECTION_SEED = 1000
@@ -206,7 +204,8 @@ def winner_error(task: PreferenceTask, batch: dict[str, Tensor]) -> float:
     x_t, target, times, text = task.noised(batch)
     half = len(target) // 2
     text = {name: rows[:half] for name, rows in text.items()}
-    return float(denoising_errors(task.family.predict(task.trained, x_t[:half], times[:half], text, task.size), target[:half]).mean())
+    pred = task.family.predict(task.trained, x_t[:half], times[:half], text, task.size)
+    return float(denoising_errors(pred, target[:half]).mean())
 
 
 def measure_overhead(settings: Settings) -> dict[str, list[float]]:

@@ -41,14 +41,14 @@ class Enough(Exception):
     """Raised by a watch that has seen all it wanted: the run ends there, and saves nothing."""
 
 
-def train_here(options: TrainOptions, watch: Watch) -> None:
+def train_here(options: TrainOptions, watch: Watch, make_task: Callable | None = None) -> None:
     """train.py's run in this process, to its end or until the watch has enough. Its folder goes with it: what counts, the
     watch has taken."""
     reset_accelerate()
     with tempfile.TemporaryDirectory() as folder:
         options.run.output_dir = folder
         try:
-            finished = train(options, watch).finished
+            finished = train(options, watch, make_task).finished
         except Enough:
             finished = True
         finally:

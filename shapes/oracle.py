@@ -2,7 +2,7 @@
 
 It knows the palette, the outlines and the places of shapes.drawing and nothing of how an image was made. The image is
 looked at in 32x32 pixels. A shape's colour is compared with the palette; its outline is matched, by cross-correlation,
-with every kind of shape in eight sizes at every place. eval/metrics/oracle.py puts it among the metrics.
+with every kind of shape in eight sizes at every place. shapes/metric.py puts it among the metrics.
 """
 
 from dataclasses import dataclass

@@ -9,21 +9,30 @@ either order, some pairs are undecided (label_0 is 0.5) and the models have name
 import io
 import os
 import random
-from argparse import ArgumentParser
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from common.errors import UserError, run_program
+from common.options import option, parse
 from shapes.drawing import (FLAW_NAMES, Drawing, caption, random_drawing, random_flaws, render, wrong_colour,
                             wrong_shape)
-from common.errors import UserError, run_program
 
 MODELS = ("shapes/dreamlike-drawer-1.0", "shapes/dreamlike-drawer-2.0", "shapes/plain-drawer-1.5")
 UNDECIDED_SHARE = 0.1
 ROWS_PER_FILE = 10_000
 LOSERS = (*FLAW_NAMES, "wrong colour", "wrong shape")
+
+
+@dataclass
+class PairsOptions:
+    output: str = option("output/pairs", "folder for the parquet files")
+    num_pairs: int = option(1000, "how many", at_least=1)
+    seed: int = option(0, "of all that is drawn", at_least=0)
+    resolution: int = option(64, "pixels a side", at_least=8)
 
 
 def draw_loser(drawing: Drawing, kind: str, rng: random.Random, resolution: int) -> Image.Image:
@@ -83,14 +92,9 @@ def write_pairs(folder: str | os.PathLike, num_pairs: int, seed: int = 0, resolu
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Draw preference pairs of shapes in Pick-a-Pic's columns.")
-    parser.add_argument("--output", required=True, help="folder for the parquet files")
-    parser.add_argument("--num_pairs", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resolution", type=int, default=64)
-    args = parser.parse_args()
-    folder = write_pairs(args.output, args.num_pairs, args.seed, args.resolution)
-    print(f"{args.num_pairs} pairs in {folder}")
+    [options], _ = parse([PairsOptions], program="python -m shapes.pairs", description=__doc__)
+    folder = write_pairs(options.output, options.num_pairs, options.seed, options.resolution)
+    print(f"{options.num_pairs} pairs in {folder}")
 
 
 if __name__ == "__main__":

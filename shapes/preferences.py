@@ -10,22 +10,27 @@ there plain Diffusion-DPO is said to harm the winner.
 
 import os
 import random
-from argparse import ArgumentParser
+from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
-
-from shapes.base import RESOLUTION, sample_drawing
+from common.errors import UserError, quiet_libraries, run_program
+from common.options import option, parse
+from shapes.mixture import RESOLUTION, sample_drawing
 from shapes.drawing import FLAW_NAMES, caption, random_flaws, render
-from shapes.oracle import judge
 from shapes.pairs import pair_row, write_rows
-from shapes.pipeline import base_pipeline, draw_images
-from common.errors import UserError, run_program
 
 LABEL_NOISE = 0.1  # share of generated pairs whose label is turned round
 CANDIDATES = 4  # images drawn for a generated pair
 FLAW_STRENGTH = (0.15, 0.5)  # of a rendered loser
 BASE_NAME = "shapes/base"
+
+
+@dataclass
+class PreferencesOptions:
+    output: str = option("output/preferences", "folder for the parquet files")
+    num_pairs: int = option(400, "how many", at_least=2)
+    seed: int = option(0, "of captions, images and labels", at_least=0)
+    num_inference_steps: int = option(20, "DDIM steps of a generated image", at_least=1)
 
 
 def write_preferences(folder: str | os.PathLike, num_pairs: int, seed: int = 0, num_inference_steps: int = 20,
@@ -37,6 +42,11 @@ def write_preferences(folder: str | os.PathLike, num_pairs: int, seed: int = 0, 
     """
     if num_pairs < 2:
         raise UserError(f"num_pairs is {num_pairs}: ask for at least two, one generated and one rendered")
+    from diffusers import StableDiffusionPipeline
+
+    from shapes.oracle import judge
+    from shapes.pipeline import base_pipeline, draw_images
+
     rng = random.Random(seed)
     prompts = [caption(sample_drawing(rng, unseen)) for _ in range(num_pairs // 2)]
     pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline())
@@ -58,14 +68,10 @@ def write_preferences(folder: str | os.PathLike, num_pairs: int, seed: int = 0, 
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Write preference pairs drawn by the base model and ranked by the oracle.")
-    parser.add_argument("--output", required=True, help="folder for the parquet files")
-    parser.add_argument("--num_pairs", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_inference_steps", type=int, default=20)
-    args = parser.parse_args()
-    folder = write_preferences(args.output, args.num_pairs, args.seed, args.num_inference_steps)
-    print(f"{args.num_pairs} pairs in {folder}")
+    [options], _ = parse([PreferencesOptions], program="python -m shapes.preferences", description=__doc__)
+    quiet_libraries()
+    folder = write_preferences(options.output, options.num_pairs, options.seed, options.num_inference_steps)
+    print(f"{options.num_pairs} pairs in {folder}")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,39 @@
 """The quickstart's two small programs: what goes into training, and what came out of it.
 
     python -m shapes.quickstart prepare --output output/quickstart
-    python -m shapes.quickstart table --output output/quickstart plain safeguarded
+    python -m shapes.quickstart table --output output/quickstart --runs plain safeguarded
 """
 
 import json
-from argparse import ArgumentParser
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Literal
 
-import diffusers
-import numpy as np
-import torch
-import transformers
-from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from eval.metrics.tiny import write_tiny_metrics
+from common.errors import UserError, quiet_libraries, run_program
+from common.options import option, parse
 from prompts import read_group
-from shapes.oracle import judge
-from shapes.pipeline import base_pipeline, draw_images
-from shapes.preferences import write_preferences
-from common.errors import UserError, run_program
-from training.records import read_metrics
 
 PROMPTS = read_group("shapes")[:8]
 LAST_STEPS = 10  # the table's figures are means over these
 SCALE = 4
 
 
+@dataclass
+class QuickstartOptions:
+    step: Literal["prepare", "table"] = option(MISSING, "what to do", positional=True)
+    runs: list[str] = option([], "run folders inside --output, for the table")
+    output: str = option("output/quickstart", "the quickstart's folder")
+    num_pairs: int = option(160, "preference pairs", at_least=2)
+
+
 def prepare(output: Path, num_pairs: int) -> None:
     """The base pipeline and the preference pairs, as folders that train.py takes, and small untrained metric models."""
+    from shapes.pipeline import base_pipeline
+    from shapes.preferences import write_preferences
+    from shapes.tiny_metrics import write_tiny_metrics
+
     base = base_pipeline(output / "base")
     if not (output / "metrics" / "metrics.yaml").is_file():
         write_tiny_metrics(output / "metrics")
@@ -40,6 +44,10 @@ def prepare(output: Path, num_pairs: int) -> None:
 
 
 def table_row(run: Path) -> list[str]:
+    import numpy as np
+
+    from training.records import read_metrics
+
     settings = json.loads((run / "run.json").read_text())
     last = read_metrics(run / "metrics.jsonl")[-LAST_STEPS:]
     mean = {name: float(np.mean([line[name] for line in last])) for name in last[-1]}
@@ -50,6 +58,15 @@ def table_row(run: Path) -> list[str]:
 
 def summarise(output: Path, runs: list[str]) -> None:
     """Print the table of the runs and draw every prompt with the base and each run from the same noise."""
+    import diffusers
+    import numpy as np
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from shapes.oracle import judge
+    from shapes.pipeline import draw_images
+
+    diffusers.utils.logging.disable_progress_bar()
     images = {}
     for name in ["base", *runs]:
         pipeline = StableDiffusionPipeline.from_pretrained(output / name)  # unet.pth's pipeline opens with diffusers
@@ -83,18 +100,10 @@ def grid(images: dict[str, list[Image.Image]]) -> Image.Image:
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Prepare the quickstart's data, or tell what its runs learned.")
-    parser.add_argument("step", choices=["prepare", "table"])
-    parser.add_argument("runs", nargs="*", help="run folders inside --output")
-    parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
-    parser.add_argument("--num_pairs", type=int, default=160)
-    args = parser.parse_args()
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-    if args.step == "prepare":
-        prepare(args.output, args.num_pairs)
-    else:
-        summarise(args.output, args.runs)
+    [options], _ = parse([QuickstartOptions], program="python -m shapes.quickstart", description=__doc__)
+    quiet_libraries()
+    output = Path(options.output)
+    prepare(output, options.num_pairs) if options.step == "prepare" else summarise(output, options.runs)
 
 
 if __name__ == "__main__":

@@ -216,8 +216,9 @@ class SPOTask:
         }
 
 
-def make_task(run: Run, family: Family) -> SPOTask:
-    """Prompts first, before any large model is read; then the judge, encoders, policy and reference. Raises UserError."""
+def make_task(run: Run, family: Family, kind: type[SPOTask] = SPOTask) -> SPOTask:
+    """Prompts first, before any large model is read; then the judge, encoders, policy and reference. kind: a variant of the
+    task, for experiments. Raises UserError."""
     options = run.options
     check_base(family)
     ddim_scheduler(family.scheduler, options.more[0].spo_num_steps)  # refuses what the base has no room for
@@ -227,7 +228,7 @@ def make_task(run: Run, family: Family) -> SPOTask:
     family.load_encoders(run.dtype, run.device)
     policy = load_policy(family, options.memory, run.dtype, run.device, needs_reference=True,
                          resolution=options.data.resolution)
-    return SPOTask(run, family, policy, judge, prompts)
+    return kind(run, family, policy, judge, prompts)
 
 
 def digest_of(prompts: list[str]) -> str:

@@ -94,7 +94,7 @@ class FakeTask:
 def fit_fake(output: Path | str, *flags, watch=None, **faults) -> tuple[Outcome, FakeTask]:
     """fit() with a FakeTask in this process, in a folder; the folder is free again afterwards."""
     options = parse_options([*FAKE, f"--output_dir={output}", *map(str, flags)])
-    settle_defaults(options, SimpleNamespace(name="sd15", resolution=64))
+    settle_defaults(options, family_stub("sd15", 64))
     try:
         with StopSignal() as stop:
             task = FakeTask(start_run(options, stop), **faults)
@@ -127,3 +127,9 @@ def main() -> int:
 
     fit_fake("unnamed", *sys.argv[1:])
     return 0
+
+
+def family_stub(name: str, resolution: int) -> SimpleNamespace:
+    """What training/defaults.py asks of a family."""
+    return SimpleNamespace(name=name, label=name, training_resolution=resolution, flow=name not in ("sd15", "sdxl"),
+                           ignored_options=(), sequence_length=None, steps=28, guidance=7.0, overflows_in_fp16=False)

@@ -7,17 +7,20 @@ import pickle
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
-from training.checkpoints import choose_checkpoint, fault, refuse_pickles
 from common.errors import UserError
-from models.weights import load_unet, read_state_dict
+from common.train_options import ModelOptions
+from models.family import open_family
+from models.networks import load_network
+from models.weights import from_hub, read_state_dict
+from training.checkpoints import choose_checkpoint, fault
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [path for folder in ("losses", "training", "eval", "prompts", "spm", "shapes", "scripts")
+SOURCES = [path for folder in ("common", "losses", "models", "data", "training", "spo", "eval", "prompts", "shapes", "benchmarks", "scripts")
            for path in sorted((ROOT / folder).rglob("*.py"))] + [ROOT / "train.py"]
 
 
@@ -59,7 +62,7 @@ def payload(tmp_path):
 def test_a_pickle_as_unet_is_refused_and_does_not_run(payload, tmp_path, tiny_sd15, kind, name):
     write, mark = payload
     path = write(tmp_path / "run" / name, kind)
-    for load in (read_state_dict, lambda path: load_unet(tiny_sd15, path)):
+    for load in (read_state_dict, lambda path: load_network(open_family(ModelOptions(str(tiny_sd15))), path)):
         with pytest.raises(UserError) as error:
             load(path)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
@@ -67,8 +70,6 @@ def test_a_pickle_as_unet_is_refused_and_does_not_run(payload, tmp_path, tiny_sd
 
 
 def test_a_pickle_inside_a_pipeline_folder_is_refused_and_does_not_run(payload, tmp_path, tiny_sd15):
-    from eval.sampling import load_pipeline  # noqa: F401  the module that generation loads pipelines with
-
     write, mark = payload
     folder = tmp_path / "pipeline"
     shutil.copytree(tiny_sd15, folder)
@@ -77,10 +78,7 @@ def test_a_pickle_inside_a_pipeline_folder_is_refused_and_does_not_run(payload, 
             file.unlink()
         write(folder / part / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError):
-        load_unet(folder)
-    from diffusers import AutoencoderKL
-
-    from models.weights import from_hub
+        load_network(open_family(ModelOptions(str(folder))))
     with pytest.raises(UserError):
         from_hub(AutoencoderKL, folder, "the VAE", subfolder="vae")
     assert not mark.exists()
@@ -89,7 +87,7 @@ def test_a_pickle_inside_a_pipeline_folder_is_refused_and_does_not_run(payload, 
 @pytest.mark.parametrize("metric", ["pickscore", "hpsv2", "aesthetics", "clip", "imagereward"])
 def test_a_pickle_as_metric_weights_is_refused_and_does_not_run(payload, tmp_path, metric):
     from eval.metrics import load_metric, read_config
-    from eval.metrics.tiny import write_tiny_metrics
+    from shapes.tiny_metrics import write_tiny_metrics
 
     write, mark = payload
     config = read_config(write_tiny_metrics(tmp_path / "metrics", image_size=64, patch_size=16))
@@ -115,18 +113,6 @@ def test_a_manifest_cannot_name_files_outside_its_checkpoint(tmp_path):
         assert "outside" in fault(folder)
     with pytest.raises(UserError, match="none of the 1 checkpoints"):
         choose_checkpoint("latest", tmp_path / "run")
-
-
-def test_sharded_checkpoints_are_taken_from_the_own_folder_alone(tmp_path):
-    """torch and DeepSpeed unpickle theirs, so that one from elsewhere is not to be trusted."""
-    from accelerate.utils import DistributedType
-
-    args = SimpleNamespace(output_dir=str(tmp_path / "run"))
-    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        accelerator = SimpleNamespace(distributed_type=kind, process_index=0)
-        refuse_pickles(tmp_path / "run" / "checkpoint-5", accelerator, args)
-        with pytest.raises(UserError, match="can run code when loaded"):
-            refuse_pickles(tmp_path / "elsewhere" / "checkpoint-5", accelerator, args)
 
 
 def call_name(node: ast.Call) -> str:

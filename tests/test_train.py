@@ -1,13 +1,15 @@
 """The real program on tiny pipelines and JPEG pairs; where a run is resumed, launched as users launch it."""
 
-import json
 import re
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 
+from common.errors import UserError
+from shapes.pipeline import build_pipeline
 from tests.runs import SMALL, continue_from, equal, launch, scalars, weights
 
 
@@ -41,13 +43,14 @@ def test_two_processes_stop_resume_and_end_as_the_unbroken_run(two_process_run, 
 def test_two_processes_give_the_parameters_of_one_with_twice_the_batch(tiny_sd15, pairs_dir, tmp_path, train):
     """Same pairs, noise and timesteps; a lambda for each pair; SGD, because Adam magnifies rounding near 0."""
     flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL, "--seed", 3,
-             "--optimizer", "sgd", "--learning_rate", 1e-3, "--max_train_steps", 3, "--beta_dpo", 50,
+             "--optimizer", "sgd", "--learning_rate", 1e-3, "--beta_dpo", 50,
              "--use_winner_preserving", "--winner_preserving_mu", 0.5, "--checkpointing_steps", 0]
     runs = {}
     for granularity in ("sample", "batch"):
         for processes, batch in ((1, 4), (2, 2)):
             output = tmp_path / f"{granularity}-{processes}"
-            train([*flags, "--train_batch_size", batch, "--output_dir", output,
+            steps = 3 if granularity == "sample" else 1
+            train([*flags, "--max_train_steps", steps, "--train_batch_size", batch, "--output_dir", output,
                    "--winner_preserving_granularity", granularity], processes)
             runs[granularity, processes] = weights(output), scalars(output)["train_loss"], scalars(output)["avg_lose_l_scale"]
 
@@ -61,17 +64,16 @@ def test_two_processes_give_the_parameters_of_one_with_twice_the_batch(tiny_sd15
     assert abs(runs["batch", 1][2][1] - runs["batch", 2][2][1]) > 1e-6
 
 
-@pytest.mark.slow
-def test_lora_trains_resumes_and_merges(tiny_sdxl, pairs_dir, tmp_path, train):
-    flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--sdxl", "--train_data_dir", pairs_dir, *SMALL,
+def test_lora_trains_resumes_and_merges(tiny_sdxl, pairs_dir, tmp_path, train_run):
+    flags = ["--pretrained_model_name_or_path", tiny_sdxl, "--train_data_dir", pairs_dir, *SMALL,
              "--lora_rank", 4, "--seed", 1, "--train_batch_size", 2, "--max_train_steps", 3, "--learning_rate", 1e-2,
              "--optimizer", "adamw", "--checkpointing_steps", 2, "--validation_prompts", "a red circle", "a <blue> square",
              "--validation_guidance", 3, "--validation_inference_steps", 4]
     output = tmp_path / "out"
-    train([*flags, "--output_dir", output])
+    train_run([*flags, "--output_dir", output])
     resumed = tmp_path / "resumed"
     continue_from(output, resumed, "checkpoint-3")
-    train([*flags, "--output_dir", resumed])
+    train_run([*flags, "--output_dir", resumed])
     assert equal(weights(output), weights(resumed))
 
     base = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet")
@@ -87,34 +89,29 @@ def test_lora_trains_resumes_and_merges(tiny_sdxl, pairs_dir, tmp_path, train):
 
     sheets = sorted((output / "validation" / "step-3").glob("*.png"))
     assert len(sheets) == 2
-    from PIL import Image
     with Image.open(sheets[0]) as sheet:
         assert sheet.size == (128, 64), "reference left, policy right"
         left, right = sheet.crop((0, 0, 64, 64)), sheet.crop((64, 0, 128, 64))
         assert left.tobytes() != right.tobytes()
 
 
-@pytest.mark.slow
-def test_sft_v_prediction_workers_and_a_config_file(pairs_dir, tmp_path, train):
+def test_sft_v_prediction_workers_and_a_config_file(pairs_dir, tmp_path, train_run, capsys):
     """Winners alone, no reference, a v-prediction model; the file's options, the command line winning."""
-    from shapes.pipeline import build_pipeline
     base = build_pipeline(tmp_path / "v", "sd15", prediction_type="v_prediction")
     config = tmp_path / "sft.yaml"
     config.write_text(f"train_method: sft\ntrain_data_dir: {pairs_dir}\nmax_train_steps: 50\nlearning_rate: 1e-3\nseed: 1\n")
-    output = tmp_path / "out"
-    told = train(["--config", config, "--pretrained_model_name_or_path", base, *SMALL[:-2],
-                  "--dataloader_num_workers", 2, "--max_train_steps", 30, "--train_batch_size", 8, "--random_crop",
-                  "--noise_offset", 0.05, "--input_perturbation", 0.1, "--output_dir", output])
-    assert "reference  none" in told
-    loss = scalars(output)["train_loss"]
-    assert max(loss) == 30
-    assert sum(loss[step] for step in range(26, 31)) < sum(loss[step] for step in range(1, 6)), "it learns"
-    assert StableDiffusionPipeline.from_pretrained(output, safety_checker=None).scheduler.config.prediction_type == "v_prediction"
+    logs = train_run(["--config", config, "--pretrained_model_name_or_path", base, *SMALL[:-2], "--learning_rate", 1e-3,
+                      "--dataloader_num_workers", 2, "--max_train_steps", 24, "--train_batch_size", 8, "--random_crop",
+                      "--noise_offset", 0.05, "--input_perturbation", 0.1, "--output_dir", tmp_path / "out"])
+    assert "reference  none" in capsys.readouterr().out
+    loss = [step["train_loss"] for step in logs]
+    assert len(loss) == 24 and sum(loss[-5:]) < sum(loss[:5]), "it learns"
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
 
 
-@pytest.mark.slow
-def test_bad_input_is_one_line_and_loses_nothing(two_process_run, tiny_sd15, tiny_sdxl, pairs_dir, tmp_path, train):
-    output, flags = two_process_run
+def test_bad_input_is_one_line_and_loses_nothing(two_process_run, tiny_sd15, tiny_sdxl, pairs_dir, tmp_path, train_run):
+    output, _ = two_process_run
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file() and "logs" not in path.parts}
     base = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL]
     unfit = tmp_path / "unet.pth"
@@ -123,51 +120,34 @@ def test_bad_input_is_one_line_and_loses_nothing(two_process_run, tiny_sd15, tin
         ([*base, "--beta_dpo", -1], ["--beta_dpo"]),
         ([*base, "--pretrained_model_name_or_path", "no/such-model"], ["no/such-model", "hub"]),
         ([*base, "--train_data_dir", tmp_path / "nothing"], ["nothing", "no such folder"]),
-        ([*base, "--sdxl"], ["is --sdxl right", "text_encoder_2"]),
-        (["--pretrained_model_name_or_path", tiny_sdxl, "--train_data_dir", pairs_dir, *SMALL], ["SDXL", "--sdxl"]),
+        ([*base, "--sdxl"], ["--sdxl, but", "is SD1.5"]),
         ([*base, "--mixed_precision", "fp16"], ["fp16 needs a GPU"]) if not torch.cuda.is_available() else
         ([*base, "--resolution", 7], ["resolution"]),
         ([*base, "--unet_init", unfit], ["conv_in.weight", "(1, 2)"]),
+        ([*base, "--unet_init", tiny_sdxl], ["does not fit"]),
         ([*base, "--lr_scheduler", "nope"], ["--lr_scheduler", "cosine"]),
         ([*base, "--report_to", "nosuch"], ["--report_to"]),
         ([*base, "--resume_from_checkpoint", "checkpoint-99"], ["checkpoint-99"]),
         ([*base, "--output_dir", output], ["different run", "num_processes was 2, is 1"]),
         ([*base, "--output_dir", "/proc/no/such"], ["/proc/no/such"]),
     ]
-    driver = """  # one process for all cases: what is tested is the program's own main()
-import contextlib, io, json, os, sys
-from accelerate.state import AcceleratorState
-from train import main
-from common.errors import run_program
-for words in json.load(open(os.environ["CASES"])):
-    AcceleratorState._reset_state(True)
-    sys.argv, errors, code = ["train.py", *words], io.StringIO(), 0
-    with contextlib.redirect_stderr(errors):
-        try:
-            run_program(main)
-        except SystemExit as end:
-            code = end.code
-    print("CASE " + json.dumps([code, errors.getvalue()]), flush=True)
-sys.exit(0)
-"""
-    listing = tmp_path / "cases.json"
-    listing.write_text(json.dumps([[str(word) for word in words + (["--output_dir", str(tmp_path / "o")]
-                                                                   if "--output_dir" not in words else [])]
-                                   for words, _ in cases]))
-    told = train([], prelude=driver, CASES=str(listing))
-    ends = [json.loads(line[5:]) for line in told.splitlines() if line.startswith("CASE ")]
-    assert len(ends) == len(cases), told[-3000:]
-    for (words, expected), (code, error) in zip(cases, ends):
-        lines = [line for line in error.splitlines() if line.startswith("error: ")]
-        assert code == 1 and len(lines) == 1 and "Traceback" not in error, (words, error)
-        assert all(word in lines[0] for word in expected), lines[0]
+    for words, expected in cases:
+        with pytest.raises(UserError) as error:
+            train_run(words)
+        assert all(word in str(error.value) for word in expected) and "\n" not in str(error.value), error.value
     after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file() and "logs" not in path.parts}
     assert after == before
 
 
-@pytest.mark.slow
-def test_a_lora_run_in_bf16_leaves_a_float32_model(tiny_sd15, pairs_dir, tmp_path, train):
+def test_a_users_error_is_one_line_and_code_1(train, tiny_sd15, pairs_dir, tmp_path):
+    """End to end, through the program's own main()."""
+    told = train(["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL, "--output_dir", tmp_path,
+                  "--report_to", "nosuch"], expect=1)
+    assert told.count("error: ") == 1 and "--report_to" in told and "Traceback" not in told
+
+
+def test_a_lora_run_in_bf16_leaves_a_float32_model(tiny_sd15, pairs_dir, tmp_path, train_run):
     """What is merged into is the base on the disk, not the one in training, whose weights are rounded."""
-    train(["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL, "--mixed_precision", "bf16",
-           "--lora_rank", 2, "--learning_rate", 1e-30, "--max_train_steps", 1, "--seed", 0, "--output_dir", tmp_path])
+    train_run(["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, *SMALL, "--mixed_precision", "bf16",
+               "--lora_rank", 2, "--learning_rate", 1e-30, "--max_train_steps", 1, "--seed", 0, "--output_dir", tmp_path])
     assert equal(weights(tmp_path), load_file(tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors"))

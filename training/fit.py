@@ -22,7 +22,8 @@ from training.run import Run, write_run_file
 from training.state import LoraWeights, WholeWeights, find_checkpoint, load_checkpoint, save_checkpoint, store_weights_once
 
 DRAWN_FROM = 10  # steps, of which there is something to see in curves.png
-# watch(step, network, scalars): called before the first step, with no scalars, and after each one
+# watch(step, network, scalars): called before the first step, with no scalars, and after each one; after a step of 0
+# micro-batches, with no scalars
 Watch = Callable[[int, nn.Module, dict[str, float]], None]
 
 
@@ -178,6 +179,8 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
                 watch(now.step, task.trained, logs)
         else:
             stop_asked = agree(stop_asked)
+            if watch:
+                watch(now.step, task.trained, {})
 
         ended = 0 < task.max_steps <= now.step
         if task.resumable and now.due(options.run.checkpointing_steps, max(now.saved, 0)):

@@ -4,6 +4,7 @@ import math
 from dataclasses import fields, replace
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ class PreferenceTask(StoredPairs):
         decay = options.objective.reference_ema
         self.moving = MovingReference(policy, decay) if decay is not None and policy.reference is not None else None
         self.weights = (LoraWeights(family, run) if policy.lora else WholeWeights(family.weights_file) if self.moving is None
-                        else WeightsAndReference(family.weights_file, self.moving))
+                        else WeightsAndReference(family.weights_file, reference=self.moving))
         if self.moving and sharded(run.accelerator):
             raise UserError("--reference_ema needs whole weights on every device: train with DDP")
         self.config = loss_config(options.objective, family.name)
@@ -76,7 +77,8 @@ class PreferenceTask(StoredPairs):
             loss, result = parameter_space_loss(accelerator, trainable, model_pred, ref_pred, target, self.config)
         else:
             result = preference_loss(model_pred, ref_pred, target, self.config, self.run.options.objective.fixed_lambda,
-                                     kto_z=lambda gain: kto_reference_point(accelerator.gather(gain)))
+                                     kto_z=lambda gain: kto_reference_point(accelerator.gather(gain)),
+                                     liked=batch.get("liked"))
             loss = result.loss
         self.results.append((times, result.logs["train_loss"], result.margin))
         return StepLoss(loss, result.logs)
@@ -130,7 +132,8 @@ class PreferenceTask(StoredPairs):
                        else "whole network, float32 weights"),
             "reference": reference + (f", moving average of decay {objective.reference_ema:g}" if self.moving else ""),
             "precision": f"{options.memory.mixed_precision}, errors in float32",
-            "pairs": "; ".join([f"{len(self.pairs)} of {options.data.source or options.data.cached_dataset}", *self.pairs.notes]
+            "pairs": "; ".join([f"{len(self.pairs)} of {options.data.source or options.data.cached_dataset}",
+                                f"read as {self.pairs.layout}", *self.pairs.notes]
                                + [f"encoded in {options.data.cached_dataset}"] * bool(options.data.cached_dataset)),
             "batch": f"{run.pairs_per_step} pairs per step = {run.accelerator.num_processes} device(s) x "
                      f"{optimizer.train_batch_size} x {optimizer.gradient_accumulation_steps} accumulated",
@@ -149,11 +152,17 @@ def make_task(run: Run, family: Family) -> PreferenceTask:
     cache = CachedDataset(options.data.cached_dataset) if options.data.cached_dataset else None
     with run.accelerator.main_process_first():
         table, images = load_rows(options, cache)
-    labels = ai_feedback_labels(images, options.data, run.output_dir, run.accelerator) if options.data.choice_model else None
-    pairs = choose_pairs(table, options.data, run.seed, labels, winners_only=options.objective.winners_only)
+    labels = None
+    if options.data.choice_model:  # what a step costs does not depend on them
+        labels = (np.ones(len(table)) if options.run.dry_run else
+                  ai_feedback_labels(images, options.data, run.output_dir, run.accelerator))
+    pairs = choose_pairs(table, options.data, run.seed, labels, options.objective.train_method)
     if run.main and images is not None and (groups := contradictions(replace(pairs, rows=images))):
         warn(f"{sum(map(len, groups))} pairs contradict each other: the same two images under one caption with opposite winners "
              f"(rows {' and '.join(map(str, groups[0]))}{', ...' * (len(groups) > 1)}); python -m data.check names all of them")
+    if not pairs.paired and (name := options.objective.needs_pairs):
+        raise UserError(f"--{name} needs pairs, and {options.data.source or options.data.cached_dataset} holds {pairs.layout}: "
+                        "drop it")
     if cache:
         check_cache(cache, options.data, family, options.memory.mixed_precision, pairs.image_columns)
     else:

@@ -68,7 +68,8 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.options.run.output_dir)
+        folder = Path(self.options.run.output_dir)
+        return folder.with_name(f".{folder.name}.dry_run") if self.options.run.dry_run else folder
 
     @property
     def seed(self) -> int:
@@ -92,6 +93,8 @@ def start_run(options: TrainOptions, stop: StopSignal) -> Run:
 
     Raises UserError for what this machine lacks, and for a folder that holds another run or is in use.
     """
+    if options.run.dry_run:
+        options.run.report_to = "none"
     run = Run(options, start_accelerator(options), stop)
     claim_output_dir(run)
     if options.run.seed is None:

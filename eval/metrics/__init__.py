@@ -35,7 +35,7 @@ METRICS = {
     "aesthetics": Known("eval.metrics.aesthetics", "Aesthetics", "AesScore"),
     "clip": Known("eval.metrics.clip", "CLIPScore", "CLIPScore"),
     "imagereward": Known("eval.metrics.imagereward", "ImageReward", "ImageReward"),
-    "oracle": Known("eval.metrics.oracle", "Oracle", "Oracle", image_size=None),  # drawn shapes only
+    "oracle": Known("shapes.metric", "Oracle", "Oracle", image_size=None),  # drawn shapes only
 }
 PUBLISHED = ("pickscore", "hpsv2", "aesthetics", "clip", "imagereward")  # the five of the published tables
 ALIASES = {"aes": "aesthetics", "hps": "hpsv2"}  # names of train.py's --choice_model

@@ -6,6 +6,7 @@ import pytest
 
 from common.errors import UserError
 from common.train_options import parse_options
+from tests.tasks import family_stub
 from training.defaults import settle_defaults
 
 BASE = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "pairs"]
@@ -139,7 +140,7 @@ def test_every_preset_is_the_published_setting(capsys):
     for name, (beta, mu, alpha, lr) in table.items():
         options = parse_options(["--config", f"configs/train/{name}.yaml"])
         sdxl = name.startswith("sdxl")
-        settle_defaults(options, SimpleNamespace(name=name.split("_")[0], resolution=1024 if sdxl else 512))
+        settle_defaults(options, family_stub(name.split("_")[0], 1024 if sdxl else 512))
         values = SimpleNamespace(**options.flat())
         assert (values.beta_dpo, values.winner_preserving_mu, values.dmpo_alpha, values.learning_rate) == (beta, mu, alpha, lr)
         assert values.train_method == name.split("_", 1)[1].replace("_", "-")

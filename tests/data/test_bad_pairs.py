@@ -1,16 +1,15 @@
+"""Every fault of a pair that the docs name: used, replaced by its neighbour, or dropped."""
+
 import json
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from faults import REPLACED, image_faults, picture, encoded, write_faulty_pairs
-
+from common.errors import UserError
 from common.images import BadImage, decode_image, image_bytes
+from tests.faults import REPLACED, encoded, image_faults, picture, write_faulty_pairs
+from tests.runs import equal, weights
 
 JPEG = encoded(picture(), "JPEG")
 
@@ -66,34 +65,39 @@ def test_check_data_counts_what_was_planted(faulty, program, tmp_path):
     assert "\nerror: 18.18% of the pairs cannot be used" in told
 
 
-@pytest.mark.slow
-def test_training_on_every_fault_ends_and_counts_agree(faulty, train_tiny, tmp_path):
+def flags(base, folder, output, *more) -> list:
+    return ["--pretrained_model_name_or_path", base, "--train_data_dir", folder, "--resolution", 64, "--mixed_precision", "no",
+            "--output_dir", output, *more]
+
+
+def test_training_on_every_fault_ends_and_counts_agree(faulty, train_run, train_tiny, tiny_sd15, tmp_path):
+    """With one process, with data workers, and with two processes that share the batch."""
     folder, replaced = faulty
 
-    def events(output):
-        return sorted(map(tuple, (json.loads(line).items() for line in (output / "bad_data.jsonl").read_text().splitlines())))
+    def events(name):
+        lines = (tmp_path / name / "bad_data.jsonl").read_text().splitlines()
+        return sorted(map(tuple, (json.loads(line).items() for line in lines)))
 
-    outputs = {"one": tmp_path / "one", "workers": tmp_path / "workers", "two": tmp_path / "two"}
-    whole_epoch = ("--max_train_steps=11", "--max_bad_fraction=1", "--checkpointing_steps=0")
-    train_tiny(outputs["one"], *whole_epoch, "--train_batch_size=6", pairs=folder)
-    assert train_tiny.losses[11]["bad_pairs"] > 0 and all(np.isfinite(s["train_loss"]) for s in train_tiny.losses.values())
-    train_tiny(outputs["workers"], *whole_epoch, "--train_batch_size=6", "--dataloader_num_workers=2", pairs=folder)
-    train_tiny(outputs["two"], *whole_epoch, "--train_batch_size=3", pairs=folder, processes=2)
+    epoch = ["--max_train_steps", 11, "--max_bad_fraction", 1, "--train_batch_size", 6, "--seed", 1]
+    logs = train_run(flags(tiny_sd15, folder, tmp_path / "one", *epoch))
+    assert logs[-1]["bad_pairs"] > 0 and all(np.isfinite(step["train_loss"]) for step in logs)
+    train_run(flags(tiny_sd15, folder, tmp_path / "workers", *epoch, "--dataloader_num_workers", 2))
+    train_tiny(tmp_path / "two", "--max_train_steps=11", "--max_bad_fraction=1", "--train_batch_size=3", pairs=folder, processes=2)
 
-    found = events(outputs["one"])
+    found = events("one")
     assert {dict(event)["row"] for event in found} == replaced
-    assert found == events(outputs["workers"]) == events(outputs["two"])
+    assert found == events("workers") == events("two")
     assert all(dict(event)["replaced_by"] not in replaced for event in found)
-    one, workers = (torch.load(outputs[name] / "unet.pth", weights_only=True) for name in ("one", "workers"))
-    assert all(torch.equal(one[key], workers[key]) for key in one)
+    assert equal(weights(tmp_path / "one"), weights(tmp_path / "workers"))
 
 
-def test_too_many_bad_pairs_stop_the_run_with_a_checkpoint(faulty, train_tiny, tmp_path):
+def test_too_many_bad_pairs_stop_the_run_with_a_checkpoint(faulty, train_run, tiny_sd15, tmp_path):
     folder, _ = faulty
-    output = train_tiny(tmp_path, "--max_train_steps=40", pairs=folder, expect=1)
-    errors = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "could not be used, more than --max_bad_fraction 0.01" in errors[0]
-    assert "Traceback" not in output
-    assert list(tmp_path.glob("checkpoint-*/unet.pth")) and not (tmp_path / "unet.pth").exists()
+    with pytest.raises(UserError, match="could not be used, more than --max_bad_fraction 0.01") as error:
+        train_run(flags(tiny_sd15, folder, tmp_path, "--max_train_steps", 40))
+    assert "\n" not in str(error.value)
+    [stopped] = tmp_path.glob("checkpoint-*")
+    assert (stopped / "unet.pth").is_file() and not (tmp_path / "unet.pth").exists()
     # Raising the bound lets the same command go on: it is no setting that changes what is learned.
-    assert "resuming" in train_tiny(tmp_path, "--max_train_steps=6", "--max_bad_fraction=1", pairs=folder)
+    step = int(stopped.name.split("-")[1])
+    assert len(train_run(flags(tiny_sd15, folder, tmp_path, "--max_train_steps", step + 2, "--max_bad_fraction", 1))) == 2

@@ -5,26 +5,52 @@ import shutil
 
 import datasets
 import pytest
-from accelerate.state import AcceleratorState
+import torch
+from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
-from data.cache import CacheArguments, main, make_cache
-from common.train_options import parse_arguments
-from data.cached import CachedDataset
+import data.encode
 from common.errors import UserError
-from training.run import start_accelerator
+from common.images import decode_image, image_bytes
+from common.locks import release
+from common.train_options import parse_options
+from data.cache import CacheOptions, cache as make, main
+from data.cached import CachedDataset, check_cache
+from data.images import to_pixels
+from models.family import open_family
+from shapes.pipeline import build_pipeline
+from tests.conftest import reset_accelerate
+from training.preference import load_rows
 
 
 def cache(argv: list, folder, **options) -> CachedDataset:
-    words = [str(word) for word in [*argv, "--cached_dataset", folder]]
-    args = parse_arguments(words)
-    make_cache(args, CacheArguments(**options), start_accelerator(args))
+    """What data.cache does, in this process."""
+    reset_accelerate()
+    try:
+        make(parse_options([*map(str, argv), "--cached_dataset", str(folder)]), CacheOptions(**options))
+    finally:
+        release(folder)
+        reset_accelerate()
     return CachedDataset(folder)
 
 
-def common(base, pairs, sdxl: bool = False) -> list:
-    return ["--pretrained_model_name_or_path", base, "--train_data_dir", pairs, "--resolution", 64, "--mixed_precision",
-            "no", "--report_to", "none"] + (["--sdxl"] if sdxl else [])
+def check(argv: list) -> None:
+    """What train.py does with --cached_dataset before it loads a model. Raises UserError."""
+    options = parse_options([str(word) for word in argv])
+    made, family = CachedDataset(options.data.cached_dataset), open_family(options.model)
+    load_rows(options, made)
+    columns = [options.data.image_column] if options.objective.train_method == "sft" else ["jpg_0", "jpg_1"]
+    check_cache(made, options.data, family, options.memory.mixed_precision, columns)
+
+
+def common(base, pairs) -> list:
+    return ["--pretrained_model_name_or_path", base, "--train_data_dir", pairs, "--resolution", 64, "--mixed_precision", "no",
+            "--report_to", "none"]
+
+
+def without_data(argv: list) -> list:
+    place = argv.index("--train_data_dir")
+    return argv[:place] + argv[place + 2:]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +66,7 @@ def largest_difference(a: list[dict], b: list[dict]) -> float:
 
 
 def test_twenty_steps_agree_with_uncached_training(train_run, tiny_sd15, pairs_dir, sd15_cache):
-    argv = common(tiny_sd15, pairs_dir) + ["--use_winner_preserving"]
+    argv = common(tiny_sd15, pairs_dir) + ["--use_winner_preserving", "--max_train_steps", 20]
     uncached = train_run(argv)
     cached = train_run(argv + ["--cached_dataset", sd15_cache])
     assert len(uncached) == 20 and largest_difference(uncached, cached) == 0.0
@@ -48,18 +74,17 @@ def test_twenty_steps_agree_with_uncached_training(train_run, tiny_sd15, pairs_d
 
 
 def test_sdxl_and_several_passes_agree(train_run, tiny_sdxl, pairs_dir, tmp_path):
-    argv = common(tiny_sdxl, pairs_dir, sdxl=True)
+    argv = common(tiny_sdxl, pairs_dir)
     cache(argv, tmp_path / "cache")
-    argv += ["--max_train_samples", 10, "--train_batch_size", 4, "--max_train_steps", 6]
+    argv += ["--max_train_samples", 7, "--train_batch_size", 4]  # the second step's batch is of two epochs
     assert largest_difference(train_run(argv), train_run(argv + ["--cached_dataset", tmp_path / "cache"])) == 0.0
 
 
 def test_the_cache_alone_is_enough_and_pairs_are_chosen_from_it_by_the_same_rules(train_run, tiny_sd15, pairs_dir,
                                                                                    sd15_cache):
-    argv = ["--dreamlike_pairs_only", "--no_hflip", "--max_train_steps", 3, "--train_method", "sft"]
-    uncached = train_run(common(tiny_sd15, pairs_dir) + argv)
-    without_data = [word for word in common(tiny_sd15, pairs_dir) if word not in ("--train_data_dir", pairs_dir)]
-    cached = train_run(without_data + argv + ["--cached_dataset", sd15_cache])
+    argv = common(tiny_sd15, pairs_dir) + ["--dreamlike_pairs_only", "--no_hflip", "--train_method", "sft"]
+    uncached = train_run(argv)
+    cached = train_run(without_data(argv) + ["--cached_dataset", sd15_cache])
     assert largest_difference(uncached, cached) == 0.0
 
 
@@ -72,7 +97,7 @@ def test_rows_with_bad_images_have_the_same_outcome(train_run, tiny_sd15, pairs_
     for row in table:
         row["label_0"] = 1.0
     datasets.Dataset.from_list(table).to_parquet(str(tmp_path / "pairs.parquet"))
-    argv = common(tiny_sd15, tmp_path / "pairs.parquet") + ["--max_bad_fraction", 1, "--max_train_steps", 6]
+    argv = common(tiny_sd15, tmp_path / "pairs.parquet") + ["--max_bad_fraction", 1, "--train_batch_size", 4]
     made = cache(argv, tmp_path / "cache")
     assert {row: list(columns) for row, columns in made.faults.items()} == {3: ["jpg_1"], 5: ["jpg_0"],
                                                                             7: ["jpg_0, jpg_1"]}
@@ -83,11 +108,6 @@ def test_rows_with_bad_images_have_the_same_outcome(train_run, tiny_sd15, pairs_
 
 
 def test_what_is_kept_is_what_the_encoders_answered(sd15_cache, tiny_sd15, pairs_dir):
-    import torch
-    from diffusers import AutoencoderKL
-
-    from common.images import decode_image, image_bytes
-    from data.images import to_pixels
     vae = AutoencoderKL.from_pretrained(tiny_sd15, subfolder="vae")
     table = datasets.load_dataset("parquet", data_dir=str(pairs_dir), split="train")
     made = CachedDataset(sd15_cache)
@@ -121,16 +141,21 @@ def test_a_cache_is_finished_after_an_interruption_and_keeps_what_was_done(tiny_
     (["--split", "test"], "split was train, is test"),
     (["--random_crop"], "drop --random_crop"),
 ])
-def test_another_run_s_settings_are_refused_by_name(train_run, tiny_sd15, pairs_dir, sd15_cache, change, said):
+def test_another_run_s_settings_are_refused_by_name(tiny_sd15, pairs_dir, sd15_cache, change, said):
+    check(common(tiny_sd15, pairs_dir) + ["--cached_dataset", sd15_cache])
     with pytest.raises(UserError, match=said):
-        train_run(common(tiny_sd15, pairs_dir) + ["--cached_dataset", sd15_cache, *change])
+        check(common(tiny_sd15, pairs_dir) + ["--cached_dataset", sd15_cache, *change])
 
 
-def test_another_model_s_cache_is_refused_by_name(train_run, pairs_dir, sd15_cache, tmp_path):
-    from shapes.pipeline import build_pipeline
+def test_train_refuses_what_the_check_refuses(train_run, tiny_sd15, pairs_dir, sd15_cache):
+    with pytest.raises(UserError, match="resolution was 64, is 32"):
+        train_run(common(tiny_sd15, pairs_dir) + ["--cached_dataset", sd15_cache, "--resolution", 32])
+
+
+def test_another_model_s_cache_is_refused_by_name(pairs_dir, sd15_cache, tmp_path):
     other = build_pipeline(tmp_path / "other", "sd15", seed=1)
-    with pytest.raises(UserError, match="vae was [0-9a-f]{12}, is [0-9a-f]{12}; text_encoders was .*made with .*sd15"):
-        train_run(common(other, pairs_dir) + ["--cached_dataset", sd15_cache])
+    with pytest.raises(UserError, match="encoders was vae sha256:[0-9a-f]+ text_encoder .* is vae sha256:.*made with .*sd15"):
+        check(common(other, pairs_dir) + ["--cached_dataset", sd15_cache])
 
 
 def test_another_cache_s_folder_is_not_continued(tiny_sd15, pairs_dir, sd15_cache):
@@ -156,18 +181,17 @@ def test_two_processes_share_the_work(program, tiny_sd15, pairs_dir, sd15_cache,
 
 def test_bf16_too_sees_the_same_bits(train_run, tiny_sd15, pairs_dir, tmp_path):
     """The encoders' answers and their layout: what a UNet computes from channels-last latents differs in the last bits."""
-    AcceleratorState._reset_state(True)
     argv = [*common(tiny_sd15, pairs_dir), "--mixed_precision", "bf16", "--max_train_steps", 3, "--use_winner_preserving",
             "--beta_dpo", 5000, "--learning_rate", 1e-4]
     cache(argv, tmp_path / "cache")
     assert largest_difference(train_run(argv), train_run([*argv, "--cached_dataset", tmp_path / "cache"])) == 0.0
 
 
-def test_changed_data_is_refused_and_a_copy_of_it_is_not(train_run, tiny_sd15, pairs_dir, sd15_cache, tmp_path):
+def test_changed_data_is_refused_and_a_copy_of_it_is_not(tiny_sd15, pairs_dir, sd15_cache, tmp_path):
     table = datasets.load_dataset("parquet", data_dir=str(pairs_dir), split="train")
     table.to_parquet(str(tmp_path / "copy" / "pairs.parquet"))
     argv = ["--cached_dataset", sd15_cache, "--max_train_steps", 1]
-    assert train_run(common(tiny_sd15, tmp_path / "copy") + argv)
+    check(common(tiny_sd15, tmp_path / "copy") + argv)
     changes = {"rows": lambda: table.select(range(len(table))[::-1]),
                "labels": lambda: table.map(lambda row: {"label_0": 1 - row["label_0"]}),
                "images": lambda: table.rename_columns({"jpg_0": "jpg_1", "jpg_1": "jpg_0"})}
@@ -175,7 +199,7 @@ def test_changed_data_is_refused_and_a_copy_of_it_is_not(train_run, tiny_sd15, p
         change().to_parquet(str(tmp_path / name / "pairs.parquet"))
         for more in ([], ["--choice_model", "oracle"]):
             with pytest.raises(UserError, match=r"is not the data that --cached_dataset .* was made of"):
-                train_run(common(tiny_sd15, tmp_path / name) + argv + more)
+                check(common(tiny_sd15, tmp_path / name) + argv + more)
 
 
 def test_another_column_of_images_is_refused_by_name(train_run, tiny_sd15, pairs_dir, tmp_path):
@@ -186,22 +210,20 @@ def test_another_column_of_images_is_refused_by_name(train_run, tiny_sd15, pairs
     cache([*argv, "--image_column", "a"], tmp_path / "cache")
     assert train_run([*argv, "--image_column", "a", "--cached_dataset", tmp_path / "cache"])
     with pytest.raises(UserError, match="image_columns was a, is b"):
-        train_run([word for word in common(tiny_sd15, tmp_path / "data") if word not in ("--train_data_dir", tmp_path / "data")]
-                  + ["--train_method", "sft", "--image_column", "b", "--cached_dataset", tmp_path / "cache"])
+        check(without_data(argv) + ["--image_column", "b", "--cached_dataset", tmp_path / "cache"])
 
 
 @pytest.mark.parametrize("file, change, said", [
-    ("text_encoder/config.json", lambda config: config | {"hidden_act": "relu"}, "text_encoders was"),
-    ("vae/config.json", lambda config: config | {"act_fn": "relu"}, "vae was"),
+    ("text_encoder/config.json", lambda config: config | {"hidden_act": "relu"}, "text_encoder sha256"),
+    ("vae/config.json", lambda config: config | {"act_fn": "relu"}, "vae sha256"),
     ("tokenizer/tokenizer.json", lambda config: config | {"model": config["model"] | {"merges": []}},
-     "tokenizers was")])
-def test_a_model_of_the_same_weights_and_another_config_is_refused(train_run, tiny_sd15, pairs_dir, sd15_cache, tmp_path, file,
-                                                                   change, said):
+     "tokenizer sha256")])
+def test_a_model_of_the_same_weights_and_another_config_is_refused(tiny_sd15, pairs_dir, sd15_cache, tmp_path, file, change, said):
     other = tmp_path / "other"
     shutil.copytree(tiny_sd15, other)
     (other / file).write_text(json.dumps(change(json.loads((other / file).read_text()))))
-    with pytest.raises(UserError, match=said):
-        train_run([*common(other, pairs_dir), "--cached_dataset", sd15_cache])
+    with pytest.raises(UserError, match=f"encoders was .*{said}"):
+        check([*common(other, pairs_dir), "--cached_dataset", sd15_cache])
 
 
 def test_a_folder_with_other_files_is_left_alone(tiny_sd15, pairs_dir, tmp_path):
@@ -232,18 +254,26 @@ def flip_bits(path):
     ("rows/state.json", lambda path: path.write_text("{}"), "state.json is missing or damaged"),
     ("pairs-00000.safetensors", flip_bits, "pairs-00000.safetensors is damaged: delete it"),
     ("prompts-00000.safetensors", flip_bits, "prompts-00000.safetensors is damaged: delete it")])
-def test_damage_is_told_in_one_line(train_run, tiny_sd15, pairs_dir, sd15_cache, tmp_path, name, damage, said):
+def test_damage_is_told_in_one_line(tiny_sd15, pairs_dir, sd15_cache, tmp_path, name, damage, said):
     shutil.copytree(sd15_cache, tmp_path / "cache")
     damage(tmp_path / "cache" / name)
     with pytest.raises(UserError) as error:
-        train_run([*common(tiny_sd15, pairs_dir), "--cached_dataset", tmp_path / "cache", "--num_train_epochs", 1,
-                   "--max_train_steps", 0])
-    assert said in str(error.value)
+        check([*common(tiny_sd15, pairs_dir), "--cached_dataset", tmp_path / "cache"])
+        made = CachedDataset(tmp_path / "cache")
+        for row, caption in enumerate(made.rows()["caption"]):  # as training reads them
+            made.moments(row, [0, 1], [False, True]), made.prompt(caption)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damage_that_a_worker_meets_ends_a_run_in_one_line(train_run, tiny_sd15, pairs_dir, sd15_cache, tmp_path):
+    shutil.copytree(sd15_cache, tmp_path / "cache")
+    flip_bits(tmp_path / "cache" / "pairs-00000.safetensors")
+    with pytest.raises(UserError, match="pairs-00000.safetensors is damaged: delete it"):
+        train_run([*common(tiny_sd15, pairs_dir), "--cached_dataset", tmp_path / "cache", "--train_batch_size", 24])
 
 
 def test_a_full_disk_ends_it_in_one_line_and_what_was_made_is_kept(tiny_sd15, pairs_dir, tmp_path, monkeypatch):
-    import data.cache
-    whole, made = data.cache.write_shard, []
+    whole, made = data.encode.write_shard, []
 
     def write_shard(path, *rest):
         if len(made) == 2:
@@ -251,7 +281,7 @@ def test_a_full_disk_ends_it_in_one_line_and_what_was_made_is_kept(tiny_sd15, pa
         made.append(path)
         whole(path, *rest)
 
-    monkeypatch.setattr(data.cache, "write_shard", write_shard)
+    monkeypatch.setattr(data.encode, "write_shard", write_shard)
     with pytest.raises(UserError, match="cannot write the cache in .*: No space left on device.*another --cached_dataset"):
         cache(common(tiny_sd15, pairs_dir), tmp_path / "cache", pairs_per_shard=24)
     monkeypatch.undo()
@@ -259,8 +289,8 @@ def test_a_full_disk_ends_it_in_one_line_and_what_was_made_is_kept(tiny_sd15, pa
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("words, said", [(["--pairs_per_shard", "0"], "--pairs_per_shard must be at least 1, not 0"),
-                                         (["--encode_batch_size", "-1"], "--encode_batch_size must be at least 1, not -1"),
+@pytest.mark.parametrize("words, said", [(["--pairs_per_shard", "0"], "--pairs_per_shard must be a finite number of at least 1, not 0"),
+                                         (["--encode_batch_size", "-1"], "--encode_batch_size must be a finite number of at least 1, not -1"),
                                          (["--cached_dataset", ""], "name the folder")])
 def test_options_are_checked(tmp_path, monkeypatch, words, said):
     argv = [*map(str, common("base", "pairs")), "--cached_dataset", str(tmp_path), *words]

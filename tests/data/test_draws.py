@@ -28,8 +28,8 @@ def test_timesteps_are_uniform_and_noise_is_standard_normal():
 
 
 def test_processes_share_one_stream():
-    one = positions(PairStream(10, 4, 0, 1, seed=3, shuffle=True, first_micro_step=0, last_micro_step=6))
-    ranks = [list(PairStream(10, 2, rank, 2, seed=3, shuffle=True, first_micro_step=0, last_micro_step=6))
+    one = positions(PairStream(10, 4, 0, 1, seed=3, shuffle=True, first_position=0, micro_steps=6))
+    ranks = [list(PairStream(10, 2, rank, 2, seed=3, shuffle=True, first_position=0, micro_steps=6))
              for rank in range(2)]
     two = [place for pair_of_batches in zip(*ranks) for batch in pair_of_batches for place in batch]
     assert one == two
@@ -45,4 +45,4 @@ def test_every_epoch_visits_every_pair_once_in_its_own_order():
 
 def test_a_stream_continues_anywhere():
     whole = list(PairStream(7, 2, 1, 2, 0, True, 0, 9))
-    assert list(PairStream(7, 2, 1, 2, 0, True, 4, 9)) == whole[4:]
+    assert list(PairStream(7, 2, 1, 2, 0, True, 4 * 2 * 2, 5)) == whole[4:]

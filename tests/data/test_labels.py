@@ -1,15 +1,16 @@
 """--choice_model: the real program relabels the pairs by a small scorer of the real classes."""
 
-from typing import get_args, get_type_hints
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from eval.metrics import load_metric
-from eval.metrics.tiny import write_tiny_metrics
-from common.train_options import TrainArguments, parse_arguments
-from data.pairs import load_table
+from shapes.tiny_metrics import write_tiny_metrics
 from common.images import decode_image
+from common.options import option_type
+from common.train_options import DataOptions, parse_options
+from data.table import load_table
 from data.labels import labels_from_scores, score_rows
 
 
@@ -29,15 +30,15 @@ def test_train_relabels_once_and_reuses_it(tiny_sd15, pairs_dir, tmp_path, train
     [scores] = (tmp_path / "out" / "ai_feedback").glob("*/rows-*.npy")
     written = scores.stat().st_mtime_ns
 
-    args = parse_arguments([str(word) for word in flags])
-    table, scorer = load_table(args), load_metric("pickscore", config=config)
+    table, scorer = load_table(parse_options([str(word) for word in flags]).data), load_metric("pickscore", config=config)
     expected = score_rows(table, range(4), "caption", scorer)
     np.testing.assert_allclose(np.load(scores)[:4], expected, rtol=1e-5)
     row = table[0]
     one = scorer.score([decode_image(row["jpg_0"])], [row["caption"]])
     np.testing.assert_allclose(one.numpy(), expected[0, :1], rtol=1e-5)
 
-    for name in get_args(get_args(get_type_hints(TrainArguments)["choice_model"])[0]):  # every choice scores, in batches
+    [choice] = [f for f in fields(DataOptions) if f.name == "choice_model"]
+    for name in option_type(choice)[1]:  # every choice scores, in batches
         scorer = load_metric(name, config=config)
         expected = [[scorer.score([decode_image(row[column])], [row["caption"]]).item() for column in ("jpg_0", "jpg_1")]
                     for row in table.select(range(2))]

@@ -1,5 +1,6 @@
 """Small metric models, runs and images that the evaluation's tests share."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STEM = "own_seed0_64x64_3s_7.5cfg"
 PROMPTS = ["a red cat", "naïve café in 東京", "<img src=x onerror=alert(1)>", "a dog & a \"hat\"", "a house"]
 
@@ -16,7 +19,7 @@ PROMPTS = ["a red cat", "naïve café in 東京", "<img src=x onerror=alert(1)>"
 @pytest.fixture(scope="session")
 def metrics_config(tmp_path_factory) -> Path:
     """metrics.yaml of small random models of every metric's class, which it does not call untrained."""
-    from eval.metrics.tiny import write_tiny_metrics
+    from shapes.tiny_metrics import write_tiny_metrics
     config = write_tiny_metrics(tmp_path_factory.mktemp("metrics"), image_size=64, patch_size=16)
     config.write_text(config.read_text().replace("  untrained: true\n", ""))
     return config
@@ -101,3 +104,16 @@ def make_manifest(tmp_path):
         return folder / f"{STEM}.json"
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    with sync_playwright() as playwright:
+        yield functools.partial(playwright.chromium.launch_persistent_context, executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture(scope="session")
+def browser(chromium, tmp_path_factory):
+    context = chromium(tmp_path_factory.mktemp("browser"), has_touch=True)
+    yield context
+    context.close()

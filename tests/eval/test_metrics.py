@@ -238,7 +238,7 @@ def test_bad_config_file(tmp_path):
 
 
 def test_tiny_width_is_configurable(tmp_path):
-    from eval.metrics.tiny import write_tiny_metrics
+    from shapes.tiny_metrics import write_tiny_metrics
     config = write_tiny_metrics(tmp_path, vision_width=64, image_size=32, patch_size=16)
     assert json.loads((tmp_path / "imagereward" / "med_config.json").read_text())["encoder_width"] == 64
     image = Image.new("RGB", (32, 32), "red")

@@ -2,13 +2,11 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from common.errors import UserError
 from common.files import write_json
@@ -17,7 +15,6 @@ from eval.options import CompareOptions
 from eval.report import write_report
 from eval.scores import ScoredImage
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<img src=x onerror=\"document.title='executed'\"><script>document.title='executed'</script> & </script>"
 PAIRS = 40
 
@@ -54,17 +51,10 @@ def comparison(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(browser, comparison):
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page = browser.new_page()
+    page.set_viewport_size({"width": 1280, "height": 900})
     page.faults = []
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.on("request", lambda request: request.url.startswith("http") and page.faults.append(request.url))

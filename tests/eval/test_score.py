@@ -135,7 +135,7 @@ def test_a_metric_without_weights_fails_alone(make_manifest, metrics_config, tmp
 
 
 @pytest.mark.parametrize("metric, of", [
-    ("clip", "eval.metrics.clip.CLIPScore._score"), ("oracle", "eval.metrics.oracle.Oracle.score")])
+    ("clip", "eval.metrics.clip.CLIPScore._score"), ("oracle", "shapes.metric.Oracle.score")])
 def test_a_score_that_is_no_number_fails_its_metric(metric, of, make_manifest, metrics_config, monkeypatch, capsys):
     manifest = make_manifest("a", PROMPTS)
     with monkeypatch.context() as patch:

@@ -206,6 +206,6 @@ def test_a_merged_lora_is_asked_for(kind, trained, bases):
 def test_two_processes_are_one(kind, flags, trained):
     one = trained(kind, flags)
     two = trained(kind, flags, "--train_batch_size", 1, processes=2)
-    for a, b in zip(scalars(one), scalars(two)):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+    for a, b in zip(scalars(one), scalars(two), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-2)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from shapes.base import held_out, mixed_flaws, sample_drawing, train_text_encoder, train_vae, write_training_pairs
+from shapes.mixture import held_out, mixed_flaws, sample_drawing, write_training_pairs
+from shapes.base_model import train_text_encoder, train_vae
 from shapes.drawing import Flaws, caption, parse, random_drawing
 from shapes.oracle import judge
 from shapes.pipeline import SHIPPED, base_pipeline, draw_images

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shapes import claims_runs
-from shapes.claims import Settings
+from shapes.claims_options import Settings
 from shapes.claims_report import Interval, interval, verdict, win_rate
 from shapes.experiment import run_options
 
@@ -39,7 +39,8 @@ SMALL = Settings(seeds=1, steps=2, batch_size=2, learning_rates=[2e-5], train_pa
 
 @pytest.mark.slow
 def test_the_experiment_from_end_to_end_and_a_second_call_trains_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims_runs, "METHODS", {"diffusion-dpo": 0.9})
+    for module in (claims_runs, claims_report):
+        monkeypatch.setattr(module, "METHODS", {"diffusion-dpo": 0.9})
     configurations = [("diffusion-dpo", variant) for variant in claims_runs.VARIANTS] + [claims_runs.WINNER_ONLY]
     monkeypatch.setattr(claims_runs, "CONFIGURATIONS", configurations)
     monkeypatch.setattr(claims_runs, "LAMBDAS", {kind: claims_runs.LAMBDAS[kind] for kind in ("none", "parameters")})
@@ -67,7 +68,8 @@ def test_the_experiment_from_end_to_end_and_a_second_call_trains_nothing(tmp_pat
 
 def test_each_configuration_is_a_choice_of_options():
     for method, variant in claims_runs.CONFIGURATIONS:
-        options = run_options(pretrained_model_name_or_path="base", cached_dataset="cache", **claims_runs.objective(method, variant))
+        words = claims_runs.objective(method, variant)
+        options = run_options(pretrained_model_name_or_path="base", cached_dataset="cache", **words)
         assert options.objective.use_winner_preserving == (variant == "safeguarded")
         assert (options.objective.fixed_lambda is not None) == (variant in ("lambda 0", "fixed lambda"))
     assert claims_runs.objective("dspo", "fixed lambda")["fixed_lambda"] == pytest.approx(0.8)

@@ -4,7 +4,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from shapes.base import held_out
+from shapes.mixture import held_out
 from shapes.drawing import parse
 from shapes.oracle import judge
 from shapes.preferences import BASE_NAME, LABEL_NOISE, write_preferences

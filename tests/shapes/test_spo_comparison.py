@@ -9,8 +9,9 @@ import torch
 
 from shapes.drawing import caption, random_drawing, render, wrong_colour
 from shapes.pipeline import clip_tokenizer
-from shapes.spo_comparison import OFFLINE, ONLINE, OracleModel, Run, Settings, late_score, report
-from data.pairs import tokenize
+from shapes.spo_options import Settings
+from shapes.spo_runs import OFFLINE, ONLINE, OracleModel, Run, late_score, report
+from models.tokens import tokenize
 
 
 def test_the_oracle_as_a_judge_reads_the_prompts_back_from_their_tokens():

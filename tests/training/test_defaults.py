@@ -4,15 +4,23 @@ from types import SimpleNamespace
 
 import pytest
 
+from common.errors import UserError
 from common.train_options import parse_options
 from training.defaults import settle_defaults
 
 FAMILIES = {"sd15": 512, "sdxl": 1024}
 
 
+def base(family: str) -> SimpleNamespace:
+    flow, side = family not in FAMILIES, FAMILIES.get(family, 1024)
+    return SimpleNamespace(name=family, label=family, flow=flow, resolution=side, training_resolution=512 if flow else side,
+                           ignored_options=() if flow else ("timestep_shift",), sequence_length=256 if flow else None,
+                           overflows_in_fp16=family == "flux", guidance=3.5, steps=28)
+
+
 def settled(family: str, *flags) -> SimpleNamespace:
     options = parse_options(["--pretrained_model_name_or_path=base", "--train_data_dir=pairs", *map(str, flags)])
-    settle_defaults(options, SimpleNamespace(name=family, resolution=FAMILIES[family]))
+    settle_defaults(options, base(family))
     return SimpleNamespace(**options.flat())
 
 
@@ -59,3 +67,22 @@ def test_what_was_given_stays_and_so_does_an_explicit_0():
              "resolution": 64, "train_method": "dmpo"}
     found = settled("sdxl", *(f"--{name}={value}" for name, value in given.items()), "--use_winner_preserving")
     assert {name: getattr(found, name) for name in given} == given
+
+
+def test_flow_matching_has_the_published_flow_recipes():
+    found = settled("sd3", "--use_winner_preserving")
+    assert (found.beta_dpo, found.learning_rate, found.lora_rank, found.lora_alpha) == (100, 1e-5, 32, 64)
+    assert (found.winner_preserving_granularity, found.resolution, found.mixed_precision) == ("sample", 512, "bf16")
+    assert (found.validation_guidance, found.validation_inference_steps, found.max_train_steps) == (3.5, 28, 1000)
+    assert settled("qwen_image").lora_rank == 64
+    whole = settled("sd3", "--lora_rank", 0, "--mixed_precision", "fp16")
+    assert (whole.lora_rank, whole.lora_alpha, whole.learning_rate, whole.mixed_precision) == (0, None, 1e-6, "fp16")
+    assert settled("sd3", "--winner_preserving_granularity", "batch").winner_preserving_granularity == "batch"
+    assert settled("sd15", "--lora_rank", 4).lora_alpha == 4 and settled("sd15").winner_preserving_granularity == "batch"
+
+
+def test_fp16_is_refused_where_it_overflows_and_a_meaningless_option_is_named(capsys):
+    with pytest.raises(UserError, match="flux overflows in fp16: use --mixed_precision bf16"):
+        settled("flux", "--mixed_precision", "fp16")
+    settled("sd15", "--timestep_shift", 3)
+    assert "--timestep_shift means nothing for sd15" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The models that eval.metrics.tiny writes."""
+"""The models that shapes.tiny_metrics writes."""
 
 import json
 import re

@@ -1,6 +1,6 @@
 """Small random models of the metrics' own classes and file formats, for tests and for trying the commands offline.
 
-    python -m eval.metrics.tiny --output output/tiny_metrics
+    python -m shapes.tiny_metrics --output output/tiny_metrics
     python -m eval.score ... --metrics_config output/tiny_metrics/metrics.yaml
 
 Their scores mean nothing; everything else (files, keys, tokenizers, preprocessing) is as with the published models.
@@ -27,12 +27,12 @@ class TinyOptions:
 def write_tiny_metrics(output: str | Path, vision_width: int = 32, image_size: int = 224, patch_size: int = 32,
                        seed: int = 0) -> Path:
     """Write all models and their metrics.yaml into `output`; returns the yaml's path."""
-    from eval.metrics.tiny_models import write_models
+    from shapes.tiny_models import write_models
     return write_models(Path(output), vision_width, image_size, patch_size, seed)
 
 
 def main(argv: list[str] | None = None) -> None:
-    [options], _ = parse([TinyOptions], argv, program="python -m eval.metrics.tiny", description=__doc__)
+    [options], _ = parse([TinyOptions], argv, program="python -m shapes.tiny_metrics", description=__doc__)
     print(f"wrote {write_tiny_metrics(**vars(options))}")
 
 

@@ -1,0 +1,64 @@
+"""--dry_run: what it prints, and that nothing stays."""
+
+import re
+
+import pytest
+import torch
+
+from common.errors import UserError
+from training import dry_run
+
+
+@pytest.fixture
+def base(tiny_sd15, pairs_dir, tmp_path):
+    return ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, "--resolution", 64, "--mixed_precision",
+            "no", "--output_dir", tmp_path / "new" / "out", "--dry_run", "--report_to", "tensorboard"]
+
+
+def line(told: str, name: str) -> str:
+    return next(line for line in told.splitlines() if line.startswith(f"  {name} "))
+
+
+def test_memory_time_and_disk_of_the_whole_run_and_nothing_left(base, tmp_path, train_run, capsys, tiny_sd15):
+    train_run([*base, "--max_train_steps", 1000, "--train_batch_size", 2, "--gradient_accumulation_steps", 8,
+               "--checkpointing_steps", 300])
+    told = capsys.readouterr().out
+    assert not list(tmp_path.iterdir()), "not even the folders above"
+    assert "16 pairs per step = 1 device(s) x 2 x 8" in line(told, "batch") and "nothing is written" in line(told, "output")
+    per_step, pairs = map(float, re.search(r"([\d.]+) s per step, ([\d.]+) pairs/s", line(told, "time")).groups())
+    assert pairs == pytest.approx(16 / per_step, rel=0.02) and "2 of its 8 micro-steps" in line(told, "time")
+    assert "1000 steps in" in line(told, "whole run")
+    size = 3 * (tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 2**30  # weights and two moments
+    count, one = re.search(r"(\d+) checkpoints of ([\d.e-]+) GiB", line(told, "disk")).groups()
+    assert count == "4" and float(one) == pytest.approx(size, rel=0.05)
+    assert "--train_batch_size 1 --gradient_accumulation_steps 16" in line(told, "less memory")
+    assert "--gradient_checkpointing" in told and "--use_8bit_adam" in told and "--checkpoints_total_limit" in told
+
+
+def test_a_folder_that_is_there_stays_as_it_is(base, tmp_path, train_run):
+    (tmp_path / "new" / "out").mkdir(parents=True)
+    (tmp_path / "new" / "out" / "metrics.jsonl").write_text("mine")
+    train_run([*base, "--choice_model", "oracle"])
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "new", "new/out", "new/out/metrics.jsonl"]
+    assert (tmp_path / "new" / "out" / "metrics.jsonl").read_text() == "mine"
+
+
+def test_it_exits_with_0_on_two_processes(base, tmp_path, train):
+    told = train([*base, "--max_train_steps", 50, "--lr_warmup_steps", 0, "--seed", 0, "--train_batch_size", 2], processes=2)
+    assert told.count("Dry run\n") == 1 and "2 device(s)" in told and not list(tmp_path.iterdir())
+
+
+def test_memory_that_does_not_suffice_is_one_line_with_what_would_help(base, tmp_path, train_run, monkeypatch):
+    def full(task, run, watch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dry_run, "fit", full)
+    with pytest.raises(UserError, match="out of memory on cpu.*--gradient_checkpointing.*--lora_rank 16"):
+        train_run(base)
+    assert not list(tmp_path.iterdir())
+
+
+def test_durations_in_words():
+    assert [dry_run.words(seconds) for seconds in (3, 119, 150, 7200, 400000)] == [
+        "3 seconds", "119 seconds", "2.5 minutes", "2.0 hours", "4.6 days"]

@@ -1,0 +1,175 @@
+"""--dry_run: two real steps, and what they say of the whole run: memory, time, disk, and what would lower them."""
+
+import shutil
+import time
+
+import torch
+
+from common.errors import UserError
+from common.locks import release
+from models.family import Family
+from training.fit import Task, fit
+from training.run import Run
+
+STEPS = 2
+MOST_ACCUMULATED = 2  # micro-steps of a measured step: more of them take longer and no more memory
+GIB = 2**30
+
+
+class Measured(Exception):
+    """Enough steps were taken."""
+
+
+def dry_run(task: Task, run: Run, family: Family) -> None:
+    """Take two steps of the task, print what the whole run will take, and leave nothing behind. Raises UserError where the
+    device's memory does not hold them."""
+    options, ends, peak = run.options, [], [0.0]
+    summary, pairs_per_step = task.summary(), run.pairs_per_step
+    summary["output"] = f"{options.run.output_dir}, but nothing is written there: a dry run"
+    task.summary = lambda: summary
+    options.run.resume_from_checkpoint = "none"
+    asked = options.optimizer.gradient_accumulation_steps
+    options.optimizer.gradient_accumulation_steps = measured = min(asked, MOST_ACCUMULATED)
+
+    def watch(step: int, network: torch.nn.Module, scalars: dict[str, float]) -> None:
+        ends.append(time.perf_counter())
+        peak[0] = scalars.get("peak_memory_gb", 0.0)
+        if step == STEPS:
+            raise Measured
+
+    parents = [folder for folder in run.output_dir.absolute().parents if not folder.exists()]
+    try:
+        fit(task, run, watch)
+    except Measured:
+        run.accelerator.wait_for_everyone()
+    except torch.OutOfMemoryError:
+        lower = "; ".join(what_lowers_memory(task, run, family))
+        raise UserError(f"out of memory on {run.device}, which has {total_memory(run.device):.1f} GiB. Lower it with: "
+                        f"{lower or 'a larger device'}") from None
+    finally:
+        options.optimizer.gradient_accumulation_steps = asked
+        if run.main:
+            release(run.output_dir)
+            shutil.rmtree(run.output_dir, ignore_errors=True)
+            for folder in parents:  # the nearest first; one that another program filled since stays
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+    if len(ends) <= STEPS:  # the data ended before, or no step was taken
+        raise UserError(f"there are not {STEPS} steps to measure: raise --max_train_steps")
+    step_time = (ends[2] - ends[1]) * asked / measured  # the first step allocates and compiles
+    peak = float(run.accelerator.gather(torch.tensor([peak[0]], device=run.device)).max())
+    if run.main:
+        print("\n".join(report(task, run, family, peak, step_time, ends[1] - ends[0], pairs_per_step, measured)), flush=True)
+    run.accelerator.end_training()
+
+
+def report(task: Task, run: Run, family: Family, peak: float, step_time: float, first: float, pairs_per_step: int,
+           measured: int) -> list[str]:
+    options = run.options
+    asked = options.optimizer.gradient_accumulation_steps
+    how = f"; measured on {measured} of its {asked} micro-steps" if measured < asked else ""
+    lines = {
+        "memory": f"peak {peak:.2f} GiB of {total_memory(run.device):.1f} GiB" + (" per device" if run.device.type == "cuda" else
+                                                                                  ", of the process"),
+        "time": f"{step_time:.3g} s per step, {pairs_per_step / step_time:.3g} pairs/s (the first took {first:.3g} s{how})",
+    }
+    if task.max_steps:
+        lines["whole run"] = f"{task.max_steps} steps in {words(task.max_steps * step_time)}, loading, checkpoints and validation aside"
+        lines["disk"] = disk(task, run)
+    lines |= {name: found for name, advice in (("less memory", what_lowers_memory(task, run, family)),
+                                               ("less time", what_lowers_time(run)), ("less disk", what_lowers_disk(task, run)))
+              if (found := "; ".join(advice))}
+    return ["Dry run", *(f"  {name:<11} {text}" for name, text in lines.items())]
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------------
+
+def nbytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def optimizer_bytes(run: Run) -> int:
+    """Of the optimizer's state, all of it."""
+    states = [state for optimizer in run.accelerator._optimizers for state in optimizer.optimizer.state.values()]
+    return nbytes(value for state in states for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def checkpoint_bytes(task: Task, run: Run) -> int:
+    return optimizer_bytes(run) + sum(4 * parameter.numel() for parameter in trained_parameters(task))
+
+
+def trained_parameters(task: Task) -> list:
+    return [parameter for parameter in task.trained.parameters() if parameter.requires_grad]
+
+
+def checkpoints(task: Task, run: Run) -> int:
+    """How many the whole run keeps."""
+    every, limit = run.options.run.checkpointing_steps, run.options.run.checkpoints_total_limit
+    made = -(-task.max_steps // every) if every else 1
+    return min(made, limit or made)
+
+
+def disk(task: Task, run: Run) -> str:
+    count, one = checkpoints(task, run), checkpoint_bytes(task, run)
+    result = 2 * sum(4 * parameter.numel() for parameter in task.trained.parameters())  # the weights, and in the pipeline
+    folder = next(path for path in (run.output_dir.absolute(), *run.output_dir.absolute().parents) if path.is_dir())
+    free, needed = shutil.disk_usage(folder).free, count * one + result
+    return (f"{count} checkpoint{'s' * (count > 1)} of {one / GIB:.3g} GiB, the result {result / GIB:.3g} GiB and the base's other "
+            f"parts; {free / GIB:.3g} GiB are free" + (": NOT ENOUGH" if free < needed else ""))
+
+
+def total_memory(device: torch.device) -> float:
+    """GiB of the device, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    import psutil
+    return psutil.virtual_memory().total / GIB
+
+
+def words(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
+# --- advice ------------------------------------------------------------------------------------------------------------
+
+def what_lowers_memory(task: Task, run: Run, family: Family) -> list[str]:
+    """The options that would, with what they free where that is known before."""
+    options, policy = run.options, getattr(task, "policy", None)
+    memory, optimizer, found = options.memory, options.optimizer, []
+    if optimizer.train_batch_size > 1:
+        batch, accumulated = optimizer.train_batch_size // 2, optimizer.gradient_accumulation_steps * 2
+        found.append(f"--train_batch_size {batch} --gradient_accumulation_steps {accumulated} (the same step)")
+    if not (memory.gradient_checkpointing or memory.selective_checkpointing or family.always_checkpoints):
+        found.append("--gradient_checkpointing (slower by a third)")
+    if memory.mixed_precision == "no" and run.device.type == "cuda":
+        found.append("--mixed_precision bf16")
+    if policy and policy.reference is not None and run.device.type == "cuda" and not memory.offload_reference:
+        found.append(f"--offload_reference ({nbytes(policy.reference.parameters()) / GIB:.3g} GiB)")
+    if optimizer.optimizer == "adamw" and (state := optimizer_bytes(run)):
+        found.append(f"--use_8bit_adam ({0.75 * state / GIB:.3g} GiB)")
+    if not options.data.cached_dataset and options.objective.train_method != "spo":
+        found.append("--cached_dataset (no VAE, no text encoders: scripts/prepare/cache.sh)")
+    if not options.model.lora_rank:
+        found.append("--lora_rank 16 (no moments of the whole network)")
+    return found
+
+
+def what_lowers_time(run: Run) -> list[str]:
+    options, found = run.options, []
+    cuda = run.device.type == "cuda"
+    if cuda and options.memory.mixed_precision == "no":
+        found.append("--mixed_precision bf16")
+    if cuda and not options.memory.compile:
+        found.append("--compile")
+    if not options.data.cached_dataset and options.objective.train_method != "spo":
+        found.append("--cached_dataset" + (" or --dataloader_num_workers 4" if not options.data.dataloader_num_workers else ""))
+    if options.memory.gradient_checkpointing:
+        found.append("no --gradient_checkpointing, where memory allows it")
+    return found
+
+
+def what_lowers_disk(task: Task, run: Run) -> list[str]:
+    return ["--checkpoints_total_limit 2"] if task.max_steps and checkpoints(task, run) > 2 else []
