@@ -13,9 +13,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 from transformers import CLIPTextModel
 
+from common.progress import progress_bar
 from shapes.mixture import RESOLUTION, sample_drawing, write_training_pairs
 from shapes.drawing import (COLOURS, FLAW_NAMES, KINDS, POSITIONS, SIZES, Flaws, caption, random_drawing, random_flaws,
                             render)
@@ -38,7 +38,7 @@ def train_vae(steps: int, decoder_steps: int, seed: int, num_images: int = 10_00
     decoder is trained on alone."""
     rng = random.Random(seed)
     images = np.stack([np.asarray(render(random_drawing(rng), RESOLUTION, _any_flaws(rng)))
-                       for _ in tqdm(range(num_images), desc="drawing", mininterval=10)])
+                       for _ in progress_bar(range(num_images), desc="drawing")])
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
                         block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=1, latent_channels=4,

@@ -45,7 +45,7 @@ class PreferenceTask(StoredPairs):
         decay = options.objective.reference_ema
         self.moving = MovingReference(policy, decay) if decay is not None and policy.reference is not None else None
         self.weights = (LoraWeights(family, run) if policy.lora else WholeWeights(family.weights_file) if self.moving is None
-                        else WeightsAndReference(family.weights_file, self.moving))
+                        else WeightsAndReference(family.weights_file, reference=self.moving))
         if self.moving and sharded(run.accelerator):
             raise UserError("--reference_ema needs whole weights on every device: train with DDP")
         self.config = loss_config(options.objective, family.name)

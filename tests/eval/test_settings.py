@@ -156,6 +156,6 @@ def test_where_no_metric_is_trained_nothing_is_averaged(make_manifest, tmp_path,
 
 
 def test_the_models_to_try_the_page_with_are_untrained(tmp_path):
-    from eval.metrics.tiny import write_tiny_metrics
+    from shapes.tiny_metrics import write_tiny_metrics
     sections = yaml.safe_load(write_tiny_metrics(tmp_path, image_size=32, patch_size=16).read_text())
     assert all(section["untrained"] is True for section in sections.values()) and len(sections) == 6
