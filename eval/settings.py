@@ -9,6 +9,7 @@ COMPARED = {  # what should be equal for the models alone to differ: the manifes
     "base": ("base_identity",), "VAE": ("vae_identity",),
 }
 SHOWN = {"base": "pretrained_model_name_or_path", "VAE": "pretrained_vae_model_name_or_path"}  # what an identity is called
+IN_WORDS = {"seed_per_prompt": {True: "one per prompt", False: ""}}
 OF_ONE_IMAGE = ("index", "k", "image_seed")
 
 
@@ -16,7 +17,8 @@ def describe_model(manifest: str, entries: list[dict]) -> dict:
     """Checkpoint, base, identities and settings as the manifest has them; settings None where it records none, as the
     official program's."""
     recorded = [entry["metadata"] for entry in entries if isinstance(entry.get("metadata"), dict)]
-    names = [name for name in (recorded[0] if len(recorded) == len(entries) else {}) if name not in OF_ONE_IMAGE]
+    ours = len(recorded) == len(entries) and all("base_identity" in of for of in recorded)
+    names = [name for name in recorded[0] if name not in OF_ONE_IMAGE] if ours else []
     settings = {name: recorded[0][name] if all(of.get(name) == recorded[0][name] for of in recorded) else "several"
                 for name in names}
     named = {"checkpoint": "unet_path", "identity": "unet_identity", "base": "pretrained_model_name_or_path", "lora": "lora"}
@@ -30,13 +32,14 @@ def different_settings(a: dict, b: dict) -> list[dict]:
         keys = [key for key in keys if key in (a["settings"] or {}) and key in (b["settings"] or {})]
         values = [[model["settings"][key] for key in keys] for model in (a, b)]
         if values[0] != values[1]:
-            unequal = [key for key in keys if a["settings"][key] != b["settings"][key]] if len(keys) > 2 else keys
-            found.append({"what": what, "a": in_words(what, a, unequal), "b": in_words(what, b, unequal)})
+            named = [key for key in keys if a["settings"][key] != b["settings"][key]] if what == "dtype" else keys
+            found.append({"what": what, "a": in_words(what, a, named), "b": in_words(what, b, named)})
     return found
 
 
 def in_words(what: str, model: dict, keys: list[str]) -> str:
-    values = " ".join(str(model["settings"][key]) for key in keys)
+    values = [str(IN_WORDS.get(key, {}).get(model["settings"][key], model["settings"][key])) for key in keys]
+    values = ("x" if what == "size" else " ").join(filter(None, values))
     name = model["base"] if what == "base" else model["settings"].get(SHOWN.get(what))
     return f"{name} ({values})" if what in SHOWN and name else values
 

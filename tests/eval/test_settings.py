@@ -50,12 +50,12 @@ def models(a: dict, b: dict) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("change, what, a, b", [
-    ({"seed": 1}, "seed", "0 False", "1 False"), ({"seed_per_prompt": True}, "seed", "0 False", "0 True"),
+    ({"seed": 1}, "seed", "0", "1"), ({"seed_per_prompt": True}, "seed", "0", "0 one per prompt"),
     ({"num_inference_steps": 30}, "steps", "50", "30"), ({"cfg": 5.0}, "guidance", "7.5 official", "5.0 official"),
     ({"cfg_convention": "diffusers"}, "guidance", "7.5 official", "7.5 diffusers"),
-    ({"height": 128}, "size", "64 64", "128 64"), ({"scheduler": "default"}, "scheduler", "euler", "default"),
+    ({"height": 128}, "size", "64x64", "128x64"), ({"scheduler": "default"}, "scheduler", "euler", "default"),
     ({"unet_dtype": "float32"}, "dtype", "bfloat16", "float32"), ({"noise_device": "cpu"}, "noise", "cuda", "cpu"),
-    ({"empty_prompt": "pipeline"}, "empty prompt", "encoded ", "pipeline "),
+    ({"empty_prompt": "pipeline"}, "empty prompt", "encoded", "pipeline"),
     ({"base_identity": "sha256:c", "pretrained_model_name_or_path": "other"}, "base", "sd15 (sha256:b)", "other (sha256:c)"),
     ({"vae_identity": "sha256:v"}, "VAE", "base", "sha256:v"),
 ])
@@ -113,6 +113,12 @@ def test_without_settings_models_are_compared_as_before_with_a_note(make_manifes
     assert code == 0 and note.startswith("SDPO records no settings") and f"note: {note}" in capsys.readouterr().err
     assert note in (folder / "report.html").read_text() and summary["models"]["a"]["settings"] is None
     assert ("seed", "-", "0", True) in settings_table(summary["models"])
+
+
+def test_metadata_of_the_prompts_alone_is_no_settings():
+    """The official program copies what its prompt file says of each prompt."""
+    theirs = [{"prompt": "a", "gen_image_path": "a.png", "metadata": {"category": "animals"}}]
+    assert describe_model("a.json", theirs)["settings"] is None
 
 
 def test_an_earlier_comparison_has_a_page_too(make_manifest, metrics_config, tmp_path):
