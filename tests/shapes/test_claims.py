@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shapes import claims_runs
+from shapes import claims_report, claims_runs
 from shapes.claims_options import Settings
 from shapes.claims_report import Interval, interval, verdict, win_rate
 from shapes.experiment import run_options
