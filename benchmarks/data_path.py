@@ -27,7 +27,7 @@ from data.draws import draw_pair
 from data.encode import save_rows, write_shard
 from data.images import cut_square, scale_pixels
 from data.pairs import PairDataset
-from data.table import choose_pairs
+from data.choosing import choose_pairs
 
 
 @dataclass

@@ -31,7 +31,7 @@ from common.train_options import TrainOptions, parse_options
 from data.cached import CachedDataset
 from data.encode import encode_table
 from data.images import scale_pixels
-from data.table import choose_pairs
+from data.choosing import choose_pairs
 from models.devices import COMPUTE_DTYPES, start_accelerator
 from models.policy import make_policy
 from models.speed import check_compiler

@@ -7,7 +7,8 @@ import numpy as np
 
 from data.bad_pairs import BadPair, read_row
 from common.images import BadImage, image_bytes
-from data.table import PairTable, column_values, encoded_lengths
+from data.choosing import PairTable
+from data.table import column_values, encoded_lengths
 
 
 def contradictions(pairs: PairTable) -> list[list[int]]:

@@ -28,7 +28,8 @@ from data.cached import MANIFEST, PROMPTS, ROWS, SETTINGS, cache_settings, read_
 from data.images import cut_square, scale_pixels
 from data.layouts import caption_column
 from data.pairs import worker_count
-from data.table import choose_pairs, column_values, content_digest, load_table
+from data.choosing import choose_pairs
+from data.table import column_values, content_digest, load_table
 from models.devices import COMPUTE_DTYPES, raise_together, writing
 from models.family import Family
 from models.guidance import encode_prompts

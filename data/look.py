@@ -18,7 +18,8 @@ from data.contradictions import contradictions
 from common.images import BadImage, image_bytes, mode_and_size
 from data.pairs import PairDataset
 from data.sheet import write_sheet
-from data.table import PairTable, choose_pairs, load_table
+from data.choosing import PairTable, choose_pairs
+from data.table import load_table
 from models.family import Family
 
 DECODED_AT = 64  # pixels: enough to see whether an image can be read

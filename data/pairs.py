@@ -13,7 +13,7 @@ from data.cached import CachedDataset
 from data.draws import PairDraw, PairStream, draw_pair
 from data.images import cut_square
 from common.train_options import DataOptions
-from data.table import PairTable
+from data.choosing import PairTable
 from models.family import Text
 
 MAX_PASSED_OVER = 100  # bad pairs in a row, after which there is little hope for a good one

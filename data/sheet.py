@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from common.files import write_bytes
 from data.bad_pairs import BadPair, decode_images, read_caption, read_row
-from data.table import PairTable
+from data.choosing import PairTable
 
 SIDE, GAP, LINE, CAPTION_LINES = 192, 8, 14, 2
 PAIRS, PAIRS_IN_A_ROW = 12, 3

@@ -19,7 +19,7 @@ BELOW = {
     "data": ["models", "losses", "common"],
     "training": ["data", "models", "losses", "common"],
     "spo": ["training", "data", "models", "losses", "prompts", "common"],
-    "train": ["spo", "training", "data", "models", "losses", "common"],
+    "train": ["spo", "training", "data", "models", "losses", "prompts", "common"],
     "shapes": ["train", "spo", "training", "data", "models", "losses", "eval", "prompts", "common"],
     "benchmarks": ["shapes", "train", "spo", "training", "data", "models", "losses", "eval", "prompts", "common"],
 }

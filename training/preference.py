@@ -15,7 +15,8 @@ from data.contradictions import contradictions
 from data.images import scale_pixels
 from data.labels import ai_feedback_labels
 from data.pairs import PairDataset
-from data.table import PairTable, choose_pairs, content_digest, load_table
+from data.choosing import PairTable, choose_pairs
+from data.table import content_digest, load_table
 from losses import LossConfig, kto_reference_point, preference_loss
 from models.family import Family, Text
 from models.policy import MovingReference, Policy, load_policy

@@ -16,7 +16,8 @@ from data.bad_pairs import decode_images, read_caption, read_row
 from data.draws import PairDraw
 from data.images import scale_pixels
 from data.pairs import PairDataset
-from data.table import PairTable, column_values, load_table
+from data.choosing import PairTable
+from data.table import column_values, load_table
 from spo.preference_model.options import PICKAPIC_VALIDATION
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0")

@@ -8,7 +8,8 @@ from PIL import Image
 
 from common.train_options import DataOptions, parse_options
 from data.pairs import PairDataset
-from data.table import choose_pairs, load_table
+from data.choosing import choose_pairs
+from data.table import load_table
 
 
 def jpeg(colour, size=(64, 64)):

@@ -15,7 +15,8 @@ from common.errors import UserError
 from common.train_options import DataOptions
 from data.layouts import find_layout
 from data.shards import split_files
-from data.table import choose_pairs, content_digest, load_table
+from data.choosing import choose_pairs
+from data.table import content_digest, load_table
 
 WINS = [True, False, True, True, False, True]  # image 0 of each pair
 IMAGE = datasets.Image(decode=False)

@@ -7,7 +7,8 @@ import pytest
 
 from common.errors import UserError
 from data.pairs import MAX_PASSED_OVER, PairDataset, make_loader
-from data.table import choose_pairs, load_table
+from data.choosing import choose_pairs
+from data.table import load_table
 from tests.data.tables import dataset_of, jpeg, lengths, options, stripes, table
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from common.errors import UserError
 from common.train_options import DataOptions
-from data.table import choose_pairs, load_table
+from data.choosing import choose_pairs
+from data.table import load_table
 from eval import pairs
 from eval.pairing import Found, find_pairs, histogram, ranks_of
 

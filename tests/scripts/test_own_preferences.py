@@ -10,6 +10,7 @@ DRAW = ["--height", 32, "--width", 32, "--num_inference_steps", 20, "--cfg_conve
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # two minutes of one core, more where cores are shared
 def test_from_prompts_to_a_model_that_wins(tmp_path, run, python):
     from shapes.drawing import caption, random_drawing
     from shapes.pipeline import base_pipeline
@@ -20,7 +21,7 @@ def test_from_prompts_to_a_model_that_wins(tmp_path, run, python):
 
     command = ["bash", "scripts/prepare/pairs.sh", prompts, "--output", pairs, "--models", "base", "--num_images_per_prompt", 6,
                "--batch_size", 48, *draw, "--metrics", "oracle", "--rule"]
-    told = run([*command, "margin", "--min_gap", 0.03]).stdout
+    told = run([*command, "margin", "--min_gap", 0.03], timeout=900).stdout
     assert "of 48 prompts gave a pair" in told
     first = json.loads((pairs / "pairs.json").read_text())
     assert first["prompts_with_a_pair"] > 24 and first["pairs"] > 150

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from data.table import choose_pairs, content_digest, load_table
+from data.choosing import choose_pairs
+from data.table import content_digest, load_table
 from tests.data.tables import jpeg, options, table
 
 
