@@ -18,6 +18,11 @@ count_gpus() { # torch is asked, which takes seconds, only where there is a devi
   then "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'; else echo 0; fi
 }
 
+first_start() { # first_start WHAT: what a first start waits for before it says anything
+  echo "(a first start takes a minute or two before its first line, while Python reads several GB of libraries; later ones take" \
+       "20 seconds. What is not on this machine yet is downloaded besides: $*)"
+}
+
 say() { printf '\n== %s\n' "$*"; }
 
 show() { printf '+'; printf ' %q' "$@"; printf '\n'; } # print a command as it could be typed
@@ -40,7 +45,7 @@ make_venv() { # make_venv REQUIREMENTS: .venv with these installed; done once fo
       say "Making .venv with $("$base" --version)"
       "$base" -m venv "$ROOT/.venv"
     fi
-    say "Installing $1 into .venv (once; several GB with torch)"
+    say "Installing $1 into .venv (once; 6 GB with torch: some minutes, by the network)"
     "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
     "$ROOT/.venv/bin/python" -m pip check
     touch "$stamp"

@@ -9,6 +9,7 @@ need_packages
 [ $# -ge 2 ] || { echo "usage: bash scripts/prepare/cache.sh PRESET DIR [train.py flags], PRESET one of" \
                        "$(basename -s .yaml "$ROOT"/configs/train/sd*po.yaml | grep -v _spo | xargs)" >&2; exit 2; }
 preset="$1" folder="$2"; shift 2
+first_start "the base (SD1.5 4 GB, SDXL 14 GB) and the data"
 gpus="$(count_gpus)"
 processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
 if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi

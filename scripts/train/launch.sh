@@ -7,6 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 need_packages
+first_start "the base (SD1.5 4 GB, SDXL 14 GB) and the data"
 preset="$1"; shift
 gpus="$(count_gpus)"
 here="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import UserError
-from common.train_options import parse_options
+from common.train_options import TRACKERS, parse_options
 from tests.stub_family import stub_family
 from training.defaults import settle_defaults
 
@@ -167,3 +167,23 @@ def test_a_flow_preset_says_what_the_defaults_would(preset, capsys):
                  "resolution", "learning_rate", "max_train_steps", "mixed_precision"):
         assert options.flat()[name] == plain.flat()[name], name
     assert options.objective.use_winner_preserving and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, said", [
+    ("nosuch", "no tracker that accelerate knows: tensorboard, wandb"), ("wandb", "the package wandb is not installed: pip install"),
+])
+def test_a_tracker_that_cannot_log_is_refused_before_training(name, said, monkeypatch):
+    monkeypatch.setattr("common.train_options.find_spec", lambda package: None)
+    with pytest.raises(UserError, match=f"--report_to {name}.*{said}"):
+        parse_options([*BASE, "--report_to", name])
+
+
+@pytest.mark.parametrize("name", ["none", "all", "wandb", "tensorboard"])
+def test_a_tracker_whose_package_is_here_is_taken(name, monkeypatch):
+    monkeypatch.setattr("common.train_options.find_spec", lambda package: package in ("wandb", "tensorboardX") or None)
+    assert parse_options([*BASE, "--report_to", name]).run.report_to == name
+
+
+def test_the_known_trackers_are_accelerates():
+    from accelerate.utils import LoggerType
+    assert set(TRACKERS) == {str(kind) for kind in LoggerType} - {"all"}

@@ -1,5 +1,6 @@
 """Every metric against an independent computation from the same weight files, and what it refuses."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -243,3 +244,13 @@ def test_tiny_width_is_configurable(tmp_path):
     assert json.loads((tmp_path / "imagereward" / "med_config.json").read_text())["encoder_width"] == 64
     image = Image.new("RGB", (32, 32), "red")
     assert all(load_metric(name, config=config).score([image], ["x"]).isfinite().all() for name in PUBLISHED)
+
+
+def test_another_head_than_the_published_one_is_a_warning(metrics_config, tmp_path, monkeypatch, capsys):
+    config = read_config(metrics_config)
+    load_metric("aesthetics", config=config)
+    assert "is not LAION's published head" in capsys.readouterr().err
+    head = next(metrics_config.parent.glob("aesthetics/aesthetic-model.pth"))
+    monkeypatch.setattr("eval.metrics.aesthetics.HEAD_SHA256", hashlib.sha256(head.read_bytes()).hexdigest())
+    load_metric("aesthetics", config=config)
+    assert capsys.readouterr().err == ""

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from common.errors import UserError
-from prompts import PROMPTS, build, check, read_group
+from prompts import PROMPTS, build, check, prompts_of, read_group
 
 
 def written(path) -> list[str]:
@@ -125,3 +125,12 @@ def test_a_text_file_has_one_prompt_a_line_and_comments(tmp_path):
     (tmp_path / "empty.txt").write_text("\n# nothing\n")
     with pytest.raises(UserError, match="lists no prompt"):
         read_group(tmp_path / "empty.txt")
+
+
+def test_files_among_prompts_are_read_in_their_place(tmp_path):
+    (tmp_path / "a.txt").write_text("# mine\na dog\na cat\n")
+    (tmp_path / "b.json").write_text('[{"prompt": "a house"}, "a sign"]')
+    assert prompts_of(["first", str(tmp_path / "a.txt"), str(tmp_path / "b.json"), "last"]) == [
+        "first", "a dog", "a cat", "a house", "a sign", "last"]
+    with pytest.raises(UserError, match="no prompt group at nothing.txt"):
+        prompts_of(["nothing.txt"])

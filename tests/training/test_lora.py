@@ -169,3 +169,11 @@ def test_without_lora_its_options_are_warned_of(tiny_sd15, pairs_dir, train_run,
                "--resolution=64", "--max_train_steps=1", "--lora_dropout=0.5", "--lora_alpha=4"])
     told = capsys.readouterr().err
     assert "--lora_dropout does nothing here" in told and "--lora_alpha does nothing here" in told
+
+
+def test_validation_prompts_may_be_a_file(flags, train_run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("# two\na red circle\na blue square\n")
+    train_run([*flags, "--max_train_steps=1", "--validation_prompts", tmp_path / "prompts.txt",
+               "--validation_inference_steps=1", "--output_dir", tmp_path / "run"])
+    drawn = tmp_path / "run" / "validation" / "step-1"
+    assert [(drawn / f"{number}.txt").read_text() for number in range(2)] == ["a red circle", "a blue square"]
