@@ -35,13 +35,15 @@ make_venv() { # make_venv REQUIREMENTS: .venv with these installed; done once fo
   if [ ! -e "$stamp" ]; then
     if [ ! -x "$ROOT/.venv/bin/python" ]; then
       base=""
-      for candidate in "${PYTHON_BASE:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
-        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+      for candidate in "${PYTHON_BASE:-}" python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 10))' 2>/dev/null
         then base="$candidate"; break; fi
       done
       if [ -z "$base" ]; then
-        echo "error: no Python 3.10 to 3.13 found: install one, or name it with PYTHON_BASE=/path/to/python3" >&2; exit 1
+        echo "error: no Python from 3.10 on found: install one, or name it with PYTHON_BASE=/path/to/python3" >&2; exit 1
       fi
+      "$base" -c 'import sys; sys.exit(sys.version_info[:2] > (3, 13))' ||
+        echo "warning: $("$base" --version) is newer than 3.13, the last that the tests were run with: trying it" >&2
       say "Making .venv with $("$base" --version)"
       "$base" -m venv "$ROOT/.venv"
     fi

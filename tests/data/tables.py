@@ -37,7 +37,7 @@ def lengths(captions) -> dict[str, torch.Tensor]:
 
 
 def dataset_of(data: DataOptions, winners_only: bool = False) -> PairDataset:
-    pairs = choose_pairs(load_table(data), data, 0, winners_only=winners_only)
+    pairs = choose_pairs(load_table(data), data, 0, method="sft" if winners_only else "diffusion-dpo")
     return PairDataset(pairs, data, 0, (4, 8, 8), lengths, winners_only=winners_only)
 
 

@@ -87,7 +87,7 @@ def test_sft_takes_a_dataset_without_pairs_and_undecided_winners_are_dropped(tmp
     path = tmp_path / "single.parquet"
     datasets.Dataset.from_dict({"text": ["a", "b"], "picture": [jpeg("red"), jpeg("blue")]}).to_parquet(path)
     pairs = choose_pairs(load_table(data := options(path, "--sft", "--image_column", "picture", "--caption_column", "text")), data,
-                         0, winners_only=True)
+                         0, method="sft")
     assert pairs.image_columns == ["picture"] and pairs.index.tolist() == [0, 1]
     data = options(table([0.5, 0.0], tmp_path))
-    assert choose_pairs(load_table(data), data, 0, winners_only=True).index.tolist() == [1]
+    assert choose_pairs(load_table(data), data, 0, method="sft").index.tolist() == [1]
