@@ -31,7 +31,7 @@ def test_train_relabels_once_and_reuses_it(tiny_sd15, pairs_dir, tmp_path, train
     written = scores.stat().st_mtime_ns
 
     table, scorer = load_table(parse_options([str(word) for word in flags]).data), load_metric("pickscore", config=config)
-    expected = score_rows(table, range(4), "caption", scorer)
+    expected = score_rows(table, range(4), ["caption", "jpg_0", "jpg_1"], scorer)
     np.testing.assert_allclose(np.load(scores)[:4], expected, rtol=1e-5)
     row = table[0]
     one = scorer.score([decode_image(row["jpg_0"])], [row["caption"]])
@@ -42,7 +42,7 @@ def test_train_relabels_once_and_reuses_it(tiny_sd15, pairs_dir, tmp_path, train
         scorer = load_metric(name, config=config)
         expected = [[scorer.score([decode_image(row[column])], [row["caption"]]).item() for column in ("jpg_0", "jpg_1")]
                     for row in table.select(range(2))]
-        np.testing.assert_allclose(score_rows(table, range(2), "caption", scorer), expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(score_rows(table, range(2), ["caption", "jpg_0", "jpg_1"], scorer), expected, rtol=1e-4, atol=1e-6)
 
     train([*flags, "--max_train_steps", 2])
     assert scores.stat().st_mtime_ns == written

@@ -14,7 +14,8 @@ from models.family import open_family
 from models.lora import LORA_FILE, read_metadata
 from models.networks import load_network
 
-LORA = ["--mixed_precision=no", "--resolution=64", "--lora_rank=2", "--lora_alpha=6", "--learning_rate=1e-2", "--no_merged_result"]
+LORA = ["--mixed_precision=no", "--resolution=64", "--lora_rank=2", "--lora_alpha=6", "--learning_rate=1e-2",
+        "--no_merged_result"]
 
 
 def unet_of(base, source=None):
@@ -110,7 +111,8 @@ def test_training_on_top_of_another_bases_adapter_warns(adapter, flags, train_ru
     """--unet_init names the adapter; its file is made to say that it is another base's."""
     told = read_metadata(adapter / LORA_FILE)
     weights = {name: value + 1 for name, value in json.loads(told["base_weights"]).items()}
-    save_file(load_file(adapter / LORA_FILE), tmp_path / "other.safetensors", metadata=told | {"base_weights": json.dumps(weights)})
+    save_file(load_file(adapter / LORA_FILE), tmp_path / "other.safetensors",
+              metadata=told | {"base_weights": json.dumps(weights)})
     train_run([*flags, "--unet_init", tmp_path / "other.safetensors", "--max_train_steps=1"])
     assert "the network here has other weights" in capsys.readouterr().err
 
