@@ -5,7 +5,6 @@ import random
 
 import datasets
 import numpy as np
-import pytest
 from PIL import Image
 
 from common.train_options import ModelOptions, parse_options

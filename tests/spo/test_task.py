@@ -149,7 +149,7 @@ def test_a_round_without_pairs_is_no_step(fake):
     task, run = fake([0, 4, 0, 8], train_batch_size=4, max_train_steps=3)
     seen = []
     fit(task, run, lambda step, network, scalars: seen.append((step, scalars.get("spo/pairs"))))
-    assert seen == [(0, None), (1, 4), (2, 8), (3, 8)]
+    assert seen == [(0, None), (0, None), (1, 4), (1, None), (2, 8), (3, 8)], "a round without pairs is seen too"
 
 
 def test_an_epoch_without_pairs_ends_the_run(fake, capsys):
