@@ -1,4 +1,4 @@
-"""The real program on tiny pipelines and JPEG pairs; where a run is resumed, launched as users launch it."""
+"""The real program on tiny pipelines and JPEG pairs."""
 
 import re
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from shapes.pipeline import build_pipeline
-from tests.runs import SMALL, continue_from, equal, launch, scalars, weights
+from tests.runs import SMALL, continue_from, equal, scalars, weights
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,13 @@ def two_process_run(tiny_sd15, pairs_dir, tmp_path_factory, train):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_resume_and_end_as_the_unbroken_run(two_process_run, tmp_path, run, python):
+def test_two_processes_stop_resume_and_end_as_the_unbroken_run(two_process_run, tmp_path, train):
     output, flags = two_process_run
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
     resumed = tmp_path / "resumed"
     continue_from(output, resumed, "checkpoint-3", "checkpoint-4")
-    result = run([*launch(python, 2), *flags, "--output_dir", resumed])
-    assert "resuming" in result.stdout and "after step 2" in result.stdout
+    told = train([*flags, "--output_dir", resumed], processes=2)
+    assert "resuming" in told and "after step 2" in told
     assert equal(weights(resumed), weights(output))
     unbroken, continued = scalars(output)["train_loss"], scalars(resumed)["train_loss"]
     assert continued == {step: unbroken[step] for step in (3, 4)}
