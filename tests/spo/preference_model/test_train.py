@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessorPil
 from common.errors import UserError
 from common.locks import release
 from common.train_options import DataOptions
-from spo.preference_model.data import LabelledPairs, clip_square, hold_out
+from spo.preference_model.data import LabelledPairs, hold_out
 from spo.preference_model.model import EVALUATION_TIMESTEPS, load_spm
 from spo.preference_model.options import parse_spm_options
 from spo.preference_model.restore import Restorer, accuracies, agreement, labels_from_scores
