@@ -100,7 +100,7 @@ def test_it_goes_onto_the_weights_that_it_began_from(flags, train_run, tiny_sd15
     capsys.readouterr()
     found = unet_of(tiny_sd15, tmp_path / "run" / LORA_FILE)
     frozen = "conv_in.weight"
-    assert torch.equal(found[frozen], torch.load(init)[frozen]) and "warning" not in capsys.readouterr().err
+    assert torch.equal(found[frozen], torch.load(init, weights_only=True)[frozen]) and "warning" not in capsys.readouterr().err
     init.unlink()
     found = unet_of(tiny_sd15, tmp_path / "run" / LORA_FILE)
     assert torch.equal(found[frozen], unet_of(tiny_sd15)[frozen])
