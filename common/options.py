@@ -102,6 +102,8 @@ def parse(groups: list[type], argv: list[str] | None = None, *, program: str, de
         for f in fields(group):
             if f.name in declared:
                 _add(section, f)
+    named = [name.upper() for name, f in declared.items() if declaration(f).positional]
+    parser.usage = " ".join(["%(prog)s [options]", *named])  # argparse's own lists every option a second time
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -174,7 +176,7 @@ def default_text(f: dataclasses.Field) -> str:
     if default is MISSING:
         return "required"
     if told is not None:
-        return f"default: {told}"
+        return told if told == "required" else f"default: {told}"
     if default in (None, "", []) or default is False:
         return ""
     return f"default: {default:g}" if isinstance(default, float) else f"default: {default}"
