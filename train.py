@@ -11,7 +11,8 @@ import time
 from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
-from common.train_options import TrainOptions, parse_options
+from common.train_checks import parse_options
+from common.train_options import TrainOptions
 from prompts import prompts_of
 from spo.options import SPOOptions, check_spo_options
 

@@ -32,7 +32,8 @@ from transformers import CLIPTextConfig
 from benchmarks.models import RESOLUTIONS, TEXT_ENCODERS, VAES, make_family, make_unet, network_inputs
 from common.errors import run_program
 from common.options import option, parse
-from common.train_options import MemoryOptions, TrainOptions, parse_options
+from common.train_checks import parse_options
+from common.train_options import MemoryOptions, TrainOptions
 from models.family import Family
 from models.speed import recompute_cheap
 from models.stable_diffusion import ENCODED_AT_ONCE

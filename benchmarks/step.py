@@ -27,7 +27,8 @@ from benchmarks.step_options import VARIANTS, StepOptions
 from benchmarks.timing import Parts, matrix_rate
 from common.errors import UserError
 from common.signals import StopSignal
-from common.train_options import TrainOptions, parse_options
+from common.train_checks import parse_options
+from common.train_options import TrainOptions
 from data.cached import CachedDataset
 from data.encode import encode_table
 from data.images import scale_pixels

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from common.errors import UserError, quiet_libraries, run_program
 from common.options import option
-from common.train_options import TrainOptions, parse_options
+from common.train_checks import parse_options
+from common.train_options import TrainOptions
 
 
 @dataclass

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from common.errors import UserError, quiet_libraries, run_program
 from common.options import option, parse
-from common.train_options import GROUPS, TrainOptions, check_data_options
+from common.train_checks import check_data_options
+from common.train_options import GROUPS, TrainOptions
 
 
 @dataclass

@@ -16,7 +16,8 @@ from torch import nn
 from common.files import write_json
 from common.locks import release
 from common.progress import progress_bar
-from common.train_options import TrainOptions, parse_options
+from common.train_checks import parse_options
+from common.train_options import TrainOptions
 from shapes.pipeline import NOISE_OFFSET, draw_images
 from train import train
 from training.fit import Watch

@@ -116,7 +116,7 @@ def train_run(tmp_path_factory):
     options. watch: as train() takes it.
     """
     from common.locks import release
-    from common.train_options import parse_options
+    from common.train_checks import parse_options
     from train import train
 
     def run(argv: list, *groups: type, watch=None) -> list[dict[str, float]]:

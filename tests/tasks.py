@@ -10,7 +10,7 @@ from torch import nn
 
 from common.locks import release
 from common.signals import StopSignal
-from common.train_options import parse_options
+from common.train_checks import parse_options
 from models.family import open_family
 from tests.stub_family import stub_family
 from training.defaults import settle_defaults

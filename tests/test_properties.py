@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from eval.manifest import image_path, read_manifest
 from prompts import read_group
 from common.options import flag_names
-from common.train_options import GROUPS, TrainOptions, parse_options
+from common.train_checks import parse_options
+from common.train_options import GROUPS, TrainOptions
 from training.checkpoints import MANIFEST, PROGRESS, choose_checkpoint, fault, read_progress, write_manifest
 from common.errors import UserError
 from training.records import EventLog

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.options import option, parse
+from common.train_checks import check_data_options, check_run_options
 from common.train_options import (DataOptions, MemoryOptions, ModelOptions, ObjectiveOptions, OptimizerOptions, RunOptions,
-                                  TrainOptions, check_data_options, check_run_options)
+                                  TrainOptions)
 
 PICKAPIC_VALIDATION = "validation_unique"  # Pick-a-Pic's name of that split
 

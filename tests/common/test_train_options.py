@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import UserError
-from common.train_options import TRACKERS, parse_options
+from common.train_checks import TRACKERS, parse_options
 from tests.stub_family import stub_family
 from training.defaults import settle_defaults
 
@@ -173,14 +173,14 @@ def test_a_flow_preset_says_what_the_defaults_would(preset, capsys):
     ("nosuch", "no tracker that accelerate knows: tensorboard, wandb"), ("wandb", "the package wandb is not installed: pip install"),
 ])
 def test_a_tracker_that_cannot_log_is_refused_before_training(name, said, monkeypatch):
-    monkeypatch.setattr("common.train_options.find_spec", lambda package: None)
+    monkeypatch.setattr("common.train_checks.find_spec", lambda package: None)
     with pytest.raises(UserError, match=f"--report_to {name}.*{said}"):
         parse_options([*BASE, "--report_to", name])
 
 
 @pytest.mark.parametrize("name", ["none", "all", "wandb", "tensorboard"])
 def test_a_tracker_whose_package_is_here_is_taken(name, monkeypatch):
-    monkeypatch.setattr("common.train_options.find_spec", lambda package: package in ("wandb", "tensorboardX") or None)
+    monkeypatch.setattr("common.train_checks.find_spec", lambda package: package in ("wandb", "tensorboardX") or None)
     assert parse_options([*BASE, "--report_to", name]).run.report_to == name
 
 

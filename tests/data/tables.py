@@ -6,7 +6,8 @@ import datasets
 import torch
 from PIL import Image
 
-from common.train_options import DataOptions, parse_options
+from common.train_checks import parse_options
+from common.train_options import DataOptions
 from data.pairs import PairDataset
 from data.choosing import choose_pairs
 from data.table import load_table

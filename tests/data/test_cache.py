@@ -13,7 +13,7 @@ import data.encode
 from common.errors import UserError
 from common.images import decode_image, image_bytes
 from common.locks import release
-from common.train_options import parse_options
+from common.train_checks import parse_options
 from data.cache import CacheOptions, cache as make, main
 from data.cached import CachedDataset, check_cache
 from data.images import to_pixels

@@ -7,7 +7,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from common.train_options import ModelOptions, parse_options
+from common.train_checks import parse_options
+from common.train_options import ModelOptions
 from data.choosing import choose_pairs
 from data.contradictions import contradictions
 from data.look import balance, look_through, opposed, sizes, truncated

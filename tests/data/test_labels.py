@@ -9,7 +9,8 @@ from eval.metrics import load_metric
 from shapes.tiny_metrics import write_tiny_metrics
 from common.images import decode_image
 from common.options import option_type
-from common.train_options import DataOptions, parse_options
+from common.train_checks import parse_options
+from common.train_options import DataOptions
 from data.table import load_table
 from data.labels import labels_from_scores, score_rows
 

@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from common.train_options import ModelOptions, parse_options
+from common.train_checks import parse_options
+from common.train_options import ModelOptions
 from data.cache import CacheOptions, cache as library_cache
 from models.family import FAMILIES, open_family
 from models.guidance import encode_with_empty

@@ -44,7 +44,7 @@ def spo_flags(judge):
 @pytest.fixture
 def spo_options(spo_flags):
     """spo_options(base, output, **options): checked options with SD1.5's preset."""
-    from common.train_options import parse_options
+    from common.train_checks import parse_options
     from spo.options import SPOOptions, check_spo_options
 
     def checked(base, output, **options):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from common.train_options import parse_options
+from common.train_checks import parse_options
 from spo.options import SPOOptions
 from spo.sampling import load_prompts
 from tests.spo.conftest import PROMPTS

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import UserError
-from common.train_options import parse_options
+from common.train_checks import parse_options
 from tests.stub_family import stub_family
 from training.defaults import settle_defaults
 

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 
 from common.errors import UserError
-from common.train_options import parse_options
+from common.train_checks import parse_options
 from training.hub import push
 
 

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from common.train_options import ModelOptions, parse_options
+from common.train_checks import parse_options
+from common.train_options import ModelOptions
 from models.family import open_family
 from models.lora import LORA_FILE, read_metadata
 from models.networks import load_network

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.train_options import parse_options
+from common.train_checks import parse_options
 from training.checkpoints import list_checkpoints
 
 FLAGS = ["--train_method=linear-dpo", "--reference_ema=0.5", "--max_train_steps=4", "--checkpointing_steps=2", "--mixed_precision=bf16"]

@@ -11,7 +11,7 @@ import pytest
 from common.errors import UserError
 from common.locks import release
 from common.signals import StopSignal
-from common.train_options import parse_options
+from common.train_checks import parse_options
 from tests.tasks import FAKE
 from tests.training.test_checkpoints import make, names
 from training.checkpoints import choose_checkpoint
