@@ -14,20 +14,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
-import diffusers
-import torch
-import torch.distributed as dist
-from accelerate import debug_launcher
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
-
-from benchmarks.models import make_unet
-from benchmarks.step import make_pairs, prepare, step_options
 from common.errors import UserError, run_program
 from common.files import make_room
 from common.options import option, parse
-from models.devices import start_accelerator
 
 COUNTED = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce",
            "barrier", "all_gather_object", "broadcast_object_list")
@@ -53,25 +44,31 @@ class Collectives:
         self.calls, self.bytes = Counter(), Counter()
 
     def __enter__(self):
-        self.originals = {name: getattr(dist, name) for name in COUNTED}
-        for name, function in self.originals.items():
-            setattr(dist, name, functools.partial(self.count, name, function))
+        import torch.distributed as dist
+        counting = {name: functools.partial(self.count, name, getattr(dist, name)) for name in COUNTED}
+        self.patches = mock.patch.multiple(dist, **counting)
+        self.patches.start()
         return self
 
     def __exit__(self, *_):
-        for name, function in self.originals.items():
-            setattr(dist, name, function)
+        self.patches.stop()
 
     def count(self, name, function, *args, **kwargs):
         self.calls[name] += 1
         given = args[1] if name == "all_gather_into_tensor" else args[0] if args else kwargs.get("tensor")
-        if isinstance(given, torch.Tensor):
-            self.bytes[name] += given.numel() * given.element_size()
+        self.bytes[name] += getattr(given, "nbytes", 0)  # objects have none
         return function(*args, **kwargs)
 
 
 def count_steps(folder: str, accumulation: int) -> None:
     """In each process: an optimizer step of each way, after one that is not counted; the main one writes it down."""
+    import diffusers
+    import torch
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    from benchmarks.step import make_pairs, prepare, step_options
+    from models.devices import start_accelerator
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     options = step_options("tiny", 1, accumulation, "no")
@@ -92,6 +89,7 @@ def count_steps(folder: str, accumulation: int) -> None:
 
 def count_in_two_processes(accumulation: int) -> dict[str, dict]:
     """By variant: {"calls", "bytes"} by collective, and the number of trainable "parameters"."""
+    from accelerate import debug_launcher
     with tempfile.TemporaryDirectory() as folder:
         debug_launcher(count_steps, (folder, accumulation), num_processes=2)
         return json.loads(Path(folder, "counted.json").read_text())
@@ -144,6 +142,9 @@ def main() -> None:
     if not options.micro_step_ms:
         print("\nGive --micro_step_ms for the times over many GPUs.")
         return
+    import torch
+
+    from benchmarks.models import make_unet
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in make_unet(options.model).parameters())
     print(f"\n{options.model}: {parameters * 4 / 1e9:.2f} GB all-reduced a step. Modelled, with {options.micro_step_ms:g} "

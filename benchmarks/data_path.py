@@ -12,22 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
-import torch
-import torchvision
-
-from benchmarks.models import UNETS, make_family
-from benchmarks.step import make_pairs, step_options
 from common.errors import run_program
-from common.images import decode_image
 from common.options import option, parse
-from data.cached import CachedDataset, with_checks
-from data.draws import draw_pair
-from data.encode import save_rows, write_shard
-from data.images import cut_square, scale_pixels
-from data.pairs import PairDataset
-from data.choosing import choose_pairs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from data.cached import CachedDataset
 
 
 @dataclass
@@ -49,8 +42,12 @@ def milliseconds(function: Callable[[int], object], count: int) -> float:
     return best / count * 1000
 
 
-def random_cache(folder: Path, table: datasets.Dataset, latent_shape: tuple, widths: dict[str, tuple]) -> CachedDataset:
+def random_cache(folder: Path, table: "Dataset", latent_shape: tuple, widths: dict[str, tuple]) -> "CachedDataset":
     """A cache of random numbers in the real layout."""
+    import torch
+
+    from data.cached import CachedDataset, with_checks
+    from data.encode import save_rows, write_shard
     channels, *side = latent_shape
     prompts = ["", *table["caption"]]
     shards = {
@@ -71,6 +68,16 @@ def random_cache(folder: Path, table: datasets.Dataset, latent_shape: tuple, wid
 
 def measure(side: int, model: str, options: DataPathOptions) -> list[tuple[str, float]]:
     """(what, milliseconds) for a pair of JPEGs of `side` pixels, and for the cached pair of that model."""
+    import torch
+    import torchvision
+
+    from benchmarks.models import UNETS, make_family
+    from benchmarks.step import make_pairs, step_options
+    from common.images import decode_image
+    from data.choosing import choose_pairs
+    from data.draws import draw_pair
+    from data.images import cut_square, scale_pixels
+    from data.pairs import PairDataset
     table = make_pairs(options.pairs, side)
     train = step_options(model, 1, 1, "no").data
     family = make_family(model)
@@ -109,6 +116,8 @@ def measure(side: int, model: str, options: DataPathOptions) -> list[tuple[str, 
 
 def main() -> None:
     [options], _ = parse([DataPathOptions], program="python -m benchmarks.data_path", description=__doc__)
+    import datasets
+    import torch
     torch.set_num_threads(1)
     datasets.disable_progress_bar()
     need = options.gpus * options.pairs_per_gpu

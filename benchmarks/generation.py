@@ -7,21 +7,16 @@ Models at their published sizes with random weights; 50 Euler steps with guidanc
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import diffusers
-import torch
-from diffusers import DiffusionPipeline
-from torch import nn
-
-from benchmarks.models import make_family, make_unet
-from benchmarks.timing import Parts
 from common.errors import run_program
 from common.options import option, parse
-from models.family import Family
-from models.guidance import encode_prompts
-from models.sampling import SamplingSettings, sample
-from models.speed import check_compiler, compile_blocks
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
+
+    from models.family import Family
 
 
 @dataclass
@@ -33,7 +28,7 @@ class GenerationOptions:
     compile: bool = option(False, "measure the compiled UNet too")
 
 
-def make_pipeline(family: Family, unet: nn.Module) -> DiffusionPipeline:
+def make_pipeline(family: "Family", unet: "nn.Module") -> "DiffusionPipeline":
     """diffusers' own, around the same parts."""
     parts = {name.replace("text_encoder", kind): part for kind, given in (("text_encoder", family.text_encoders),
                                                                           ("tokenizer", family.tokenizers))
@@ -46,6 +41,14 @@ def make_pipeline(family: Family, unet: nn.Module) -> DiffusionPipeline:
 
 def main() -> None:
     [options], _ = parse([GenerationOptions], program="python -m benchmarks.generation", description=__doc__)
+    import diffusers
+    import torch
+
+    from benchmarks.models import make_family, make_unet
+    from benchmarks.timing import Parts
+    from models.guidance import encode_prompts
+    from models.sampling import SamplingSettings, sample
+    from models.speed import check_compiler, compile_blocks
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     if not cuda:

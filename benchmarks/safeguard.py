@@ -10,14 +10,8 @@ the UNets' counted operations can take on this machine, at its measured rate of 
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from benchmarks.models import RESOLUTIONS
-from benchmarks.step import unet_forward_flops
-from benchmarks.timing import Parts, matrix_rate
 from common.errors import run_program
 from common.options import option, parse
-from losses import LossConfig, preference_loss
 
 
 @dataclass
@@ -28,19 +22,25 @@ class SafeguardOptions:
     models: list[Literal["sd15", "sdxl", "tiny"]] = option(["sd15", "sdxl"], "whose predictions")
 
 
-def loss_time(model: str, guarded: bool, options: SafeguardOptions, device: torch.device) -> float:
-    """Milliseconds of the loss of one micro-step, forward and backward."""
-    side = RESOLUTIONS[model] // 8
-    prediction, reference, target = (torch.randn(2 * options.batch, 4, side, side, device=device) for _ in range(3))
-    prediction.requires_grad_(True)
-    config, parts = LossConfig(use_winner_preserving=guarded, winner_preserving_mu=0.9), Parts(device)
-    start = parts.mark()
-    preference_loss(prediction, reference, target, config).loss.backward()
-    return parts.between(start, parts.mark())
-
-
 def main() -> None:
     [options], _ = parse([SafeguardOptions], program="python -m benchmarks.safeguard", description=__doc__)
+    import torch
+
+    from benchmarks.models import RESOLUTIONS
+    from benchmarks.step import unet_forward_flops
+    from benchmarks.timing import Parts, matrix_rate
+    from losses import LossConfig, preference_loss
+
+    def loss_time(side: int, guarded: bool) -> float:
+        """Milliseconds of the loss of one micro-step, forward and backward."""
+        shape = (2 * options.batch, 4, side // 8, side // 8)
+        prediction, reference, target = (torch.randn(shape, device=device) for _ in range(3))
+        prediction.requires_grad_(True)
+        config, parts = LossConfig(use_winner_preserving=guarded, winner_preserving_mu=0.9), Parts(device)
+        start = parts.mark()
+        preference_loss(prediction, reference, target, config).loss.backward()
+        return parts.between(start, parts.mark())
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -50,7 +50,7 @@ def main() -> None:
         times = {False: [], True: []}
         for _ in range(options.repeats):
             for guarded in (False, True):
-                times[guarded].append(loss_time(model, guarded, options, device))
+                times[guarded].append(loss_time(RESOLUTIONS[model], guarded))
         plain, guarded = (torch.tensor(times[kind]).median().item() for kind in (False, True))
         least = 4 * unet_forward_flops(model, 2 * options.batch, RESOLUTIONS[model]) / rate * 1000
         micro_step, said = options.micro_step_ms or least, "" if options.micro_step_ms else " at least"

@@ -37,8 +37,10 @@ PROGRAMS = {
     "eval.compare": ["--config", "/no/such.yaml"],
     "eval.report": ["--config", "/no/such.yaml"],
 }
+BENCHMARKS = ("train_step", "memory", "generation", "safeguard", "data_path", "communication", "scoring")
 CASES = ([(program, flags) for program in PROGRAMS for flags in (["--help"], ["--no_such_option=1"], [])]
          + list(PROGRAMS.items())
+         + [(f"benchmarks.{name}", ["--no_such_option=1"]) for name in BENCHMARKS]
          + [("train.py", ["--config", "/no/such.yaml"]), ("train.py", ["--train_batch_size", "0"]),
             ("train.py", ["--pretrained_model_name_or_path", str(ROOT / "docs"), "--train_data_dir", "pairs"])])
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import communication, generation, memory, safeguard, train_step
 from benchmarks.communication import CommunicationOptions, model_times
-from benchmarks.memory import LiveBytes, Setting, as_on_a_gpu, count_step, recomputed_share
+from benchmarks.step_memory import LiveBytes, Setting, as_on_a_gpu, count_step, recomputed_share
 from benchmarks.models import make_family, make_unet
 from benchmarks.step import unet_forward_flops
 from common.errors import UserError
