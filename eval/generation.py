@@ -80,7 +80,7 @@ def generate(options: GenerateOptions, family: Family, prompts: dict[str, list[s
 
 def settle_defaults(options: GenerateOptions, family: Family, device: torch.device) -> None:
     """Put the base's values in where the command line is silent. Raises UserError for a size that the base cannot take."""
-    options.pretrained_model_name_or_path = family.options.pretrained_model_name_or_path
+    options.pretrained_model_name_or_path = options.pretrained_model_name_or_path or family.options.pretrained_model_name_or_path
     options.pretrained_vae_model_name_or_path = family.options.pretrained_vae_model_name_or_path
     options.height, options.width = (side or family.resolution for side in (options.height, options.width))
     family.latent_shape(options.height, options.width)

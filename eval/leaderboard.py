@@ -21,7 +21,7 @@ from common.options import option, parse
 from common.votes import Ballot, read_votes
 from eval.bradley_terry import fit_with_intervals
 from eval.manifest import model_names, read_manifest
-from eval.metrics import METRICS, read_config
+from eval.metrics import METRICS, is_untrained, read_config
 from eval.options import ScoringOptions
 from eval.score import report_failures, table
 from eval.scores import ScoredImage, ScoredManifest
@@ -118,51 +118,64 @@ def group_means(rows: list[Row], models: list[str], metrics: list[str]) -> dict:
             for group in dict.fromkeys(row.group for row in rows)}
 
 
-def make_leaderboard(rows: list[Row], models: list[str], metrics: list[str], ballots: list[Ballot]) -> dict:
-    """leaderboard.json, the strongest model first: by all metrics, each counted the same. Raises UserError where no two models
+def make_leaderboard(rows: list[Row], models: list[str], metrics: list[str], ballots: list[Ballot],
+                     untrained: list[str] | None = None) -> dict:
+    """leaderboard.json, the strongest model first: by all metrics, each counted the same. untrained: those whose models
+    learned nothing; their boards come last, without intervals, and count for nothing. Raises UserError where no two models
     made an image of one prompt."""
+    untrained = untrained or []
+    metrics = sorted(metrics, key=untrained.__contains__)
+    trained = [metric for metric in metrics if metric not in untrained]
     wins = {metric: metric_wins(rows, models, metric) for metric in metrics}
     if not any(of_metric.any() for of_metric in wins.values()):
         raise UserError("no two models have a prompt in common: give manifests of the same prompt groups")
-    if len(metrics) > 1:
-        wins = {ALL: sum(wins.values())} | wins
+    shown = {ALL: sum(wins[metric] for metric in trained)} if len(trained) > 1 else {}
+    shown |= {metric: wins[metric] for metric in trained}
     if ballots:
-        wins[HUMAN] = human_wins(rows, models, ballots)
-    boards = {name: board(rows, models, of_board) for name, of_board in wins.items()}
-    order = np.argsort(-np.array(next(iter(boards.values()))["strengths"]), kind="stable").tolist()
+        shown[HUMAN] = human_wins(rows, models, ballots)
+    boards = {name: board(rows, models, of_board) for name, of_board in shown.items()}
+    boards |= {metric: board(rows, models, wins[metric]) | {"intervals": None} for metric in untrained}
+    order = list(range(len(models)))
+    if shown:
+        order = np.argsort(-np.array(next(iter(boards.values()))["strengths"]), kind="stable").tolist()
     models = [models[place] for place in order]
     for of_board in boards.values():
         for name in ("win_rates", "compared"):
             of_board[name] = [[of_board[name][i][j] for j in order] for i in order]
         for name in ("strengths", "intervals"):
             of_board[name] = of_board[name] and [of_board[name][i] for i in order]
-    return {"models": models, "means": group_means(rows, models, metrics), "boards": boards,
+    return {"models": models, "means": group_means(rows, models, metrics), "boards": boards, "untrained": untrained,
             "intervals": {"method": "percentile bootstrap over prompts", "level": 0.95},
             "strengths": "Bradley-Terry log strengths, mean 0: a difference of 0.69 is odds of two to one"}
 
 
-def label_of(name: str) -> str:
-    return METRICS[name].label if name in METRICS else name
+def labels_of(result: dict) -> dict[str, str]:
+    """What the boards and metrics are called."""
+    names = dict.fromkeys([*result["boards"], *(name for means in result["means"].values() for name in means)])
+    return {name: (METRICS[name].label if name in METRICS else name) + " (untrained)" * (name in result["untrained"])
+            for name in names}
 
 
 def board_lines(result: dict) -> list[str]:
     """The tables that the program prints."""
-    models, boards, lines = result["models"], result["boards"], []
+    models, boards, labels, lines = result["models"], result["boards"], labels_of(result), []
 
     def spread(value: float, interval: list[float] | None, form: str) -> str:
         return f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")
 
     for group, means in result["means"].items():
         lines += ["", f"{group}: mean score (95% interval)"]
-        lines += table([("Model", *map(label_of, means)),
+        lines += table([("Model", *map(labels.get, means)),
                         *((model, *(spread(of_metric[i]["mean"], of_metric[i]["ci95"], ".4f") if of_metric[i] else "-"
                                     for of_metric in means.values())) for i, model in enumerate(models))])
     lines += ["", "Bradley-Terry strength (95% interval)"]
-    lines += table([("Model", *map(label_of, boards)), *(
+    lines += table([("Model", *map(labels.get, boards)), *(
         (model, *(spread(one["strengths"][i], one["intervals"] and one["intervals"][i], "+.2f") for one in boards.values()))
         for i, model in enumerate(models))])
     name, first = next(iter(boards.items()))
-    lines += ["", f"Win rate of the row over the column, {label_of(name)}"]
+    if name in result["untrained"]:
+        return [*lines, "", "no metric is trained: these numbers say nothing of the models"]
+    lines += ["", f"Win rate of the row over the column, {labels[name]}"]
     lines += table([("", *models), *((model, *("-" if rate is None else f"{rate:.1%}" for rate in rates))
                                      for model, rates in zip(models, first["win_rates"]))])
     return lines
@@ -181,10 +194,10 @@ def write_leaderboard(folder: Path, result: dict, rows: list[Row], images: str) 
         gallery[places[id(row)]]["images"][models.index(model)] = {
             "thumb": thumb, "full": urllib.parse.quote(Path(os.path.relpath(path, folder)).as_posix()),
             "scores": row.images[model].scores}
-    labels = {name: label_of(name) for name in (*result["boards"], *metrics)}
+    labels = labels_of(result)
     return write_page(folder / "leaderboard.html", "leaderboard.html.j2", result=result, labels=labels,
                       data={"models": models, "boards": list(result["boards"].items()), "labels": labels,
-                            "metrics": metrics, "rows": gallery})
+                            "metrics": metrics, "untrained": result["untrained"], "rows": gallery})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("a leaderboard needs two models or more: name more --manifests, with a label each")
     for manifest in options.manifests:
         read_manifest(manifest)
-    read_config(scoring.metrics_config)
+    config = read_config(scoring.metrics_config)
     ballots = read_votes(options.votes) if options.votes else []
     folder = Path(options.output)
     make_folder(folder, "--output")
@@ -207,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     if not metrics:
         return report_failures(failures)
     rows = rows_of(manifests, names)
-    result = make_leaderboard(rows, models, metrics, ballots)
+    result = make_leaderboard(rows, models, metrics, ballots, [metric for metric in metrics if is_untrained(metric, config)])
     result["not_scored"] = failures
     write_json(folder / "leaderboard.json", result)
     print("\n".join(board_lines(result)) + "\n")

@@ -315,10 +315,12 @@ def experiment(settings: Settings) -> None:
             do_all(pool, [(runs / f"{run.name}.json", train_run, (run, settings)) for run in wanted], description)
             return [json.loads((runs / f"{run.name}.json").read_text()) for run in wanted]
 
-        found = train_all([Run(method, rate, 0, "selection") for method in methods for rate in rates(method, settings)],
+        grids = {method: rates(method, settings) for method in methods}
+        found = train_all([Run(method, rate, 0, "selection") for method, grid in grids.items() if len(grid) > 1 for rate in grid],
                           "learning rates")
-        chosen = {method: max((record for record in found if record["method"] == method), key=late_score)["learning_rate"]
-                  for method in methods}
+        chosen = {method: grid[0] if len(grid) == 1 else  # a grid of one rate needs no search
+                  max((record for record in found if record["method"] == method), key=late_score)["learning_rate"]
+                  for method, grid in grids.items()}
         records = train_all([Run(method, chosen[method], seed, "test") for seed in range(1, settings.seeds + 1)
                              for method in methods], "final runs")
     print(report(settings, chosen, records, (time.time() - start) / 60))

@@ -74,6 +74,22 @@ def test_planted_models_come_in_their_order():
     assert first["mean"] == pytest.approx(expected) and first["images"] == 75 and first["ci95"][0] < expected < first["ci95"][1]
 
 
+def test_untrained_metrics_count_for_nothing():
+    rows, models = planted_rows(40)
+    for row in rows:
+        for model, image in row.images.items():
+            image.scores["hpsv2"] = -image.scores["clip"]  # the reverse order
+    result = make_leaderboard(rows, models, ["hpsv2", "clip", "pickscore"], [], untrained=["hpsv2"])
+    without = make_leaderboard(rows, models, ["clip", "pickscore"], [])
+    assert list(result["boards"]) == ["all metrics", "clip", "pickscore", "hpsv2"] and result["models"] == without["models"]
+    assert {name: result["boards"][name] for name in without["boards"]} == without["boards"]
+    assert result["boards"]["hpsv2"]["intervals"] is None and result["untrained"] == ["hpsv2"]
+    told = "\n".join(leaderboard.board_lines(result))
+    assert "HPSv2 (untrained)" in told and "Win rate of the row over the column, all metrics" in told
+    none = make_leaderboard(rows, models, ["hpsv2"], [], untrained=["hpsv2"])
+    assert none["models"] == models and "no metric is trained" in leaderboard.board_lines(none)[-1]
+
+
 def test_by_hand_with_ties_and_a_missing_image():
     image = lambda score: ScoredImage("", "", None, scores={"clip": score})
     rows = [Row("g", "x", 0, {"a": image(2.0), "b": image(1.0), "c": image(1.0)}), Row("g", "x", 1, {"a": image(0.0), "b": image(1.0)}),
@@ -141,6 +157,17 @@ def test_the_program_its_page_and_votes(make_manifest, brightness, browser, tmp_
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.title() == "Leaderboard: bright <b>, middle, dark" and page.faults == []
     page.close()
+
+
+def test_untrained_metrics_are_grey_on_the_page(make_manifest, brightness, tmp_path):
+    marked = tmp_path / "marked.yaml"
+    marked.write_text("pickscore: {untrained: true}\n")
+    manifests = [make_manifest(name, ["x", "y"], seed) for seed, name in enumerate("ab")]
+    leaderboard.main(["--manifests", *map(str, manifests), "--metrics", "pickscore", "clip", "--device", "cpu",
+                      "--metrics_config", str(marked), "--output", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "leaderboard.html").read_text()
+    assert page.count('<td class="untrained"') == 2 and 'class="untrained">PickScore (untrained)' in page and "Grey: models" in page
+    assert list(json.loads((tmp_path / "out" / "leaderboard.json").read_text())["boards"]) == ["clip", "pickscore"]
 
 
 def test_bad_input_is_one_line(make_manifest, tmp_path):

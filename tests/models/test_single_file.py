@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.numpy import save_file
 
 from common.errors import UserError
+from common.files import fingerprint
 from common.train_options import ModelOptions
+from eval.generation import settings_record, settle_defaults
+from eval.options import GenerateOptions
 from models.family import open_family
+from models.sampling import SamplingSettings
 from models.single_file import SD15_KEY, SDXL_KEY, pipeline_class
 
 
@@ -36,6 +41,11 @@ def test_it_becomes_a_folder_once(tmp_path, tiny_sd15, monkeypatch):
     assert opened == [str(path)]
     assert family.name == "sd15" and family.turbo, "the file's name counts"
     assert options.pretrained_model_name_or_path == str(path), "the run is still named after the file"
+
+    made = GenerateOptions("base", pretrained_model_name_or_path=str(path), pretrained_vae_model_name_or_path="base", prompts=["x"])
+    settle_defaults(made, family, torch.device("cpu"))
+    record = settings_record(made, family, SamplingSettings(64, 64, 3, 7.5, "official", "euler", torch.float32), torch.device("cpu"))
+    assert record["pretrained_model_name_or_path"] == str(path) and record["base_identity"] == f"sha256:{fingerprint(path)}"
 
 
 @pytest.mark.parametrize("keys, words", [(["unet.conv_in.weight"], ["no checkpoint file", "--unet_init"]),
