@@ -8,7 +8,7 @@ import numpy as np
 
 from common.errors import UserError, first_line
 from common.train_options import DataOptions
-from data.layouts import decide, find_layout
+from data.layouts import Layout, decide, find_layout
 from data.table import column_values
 
 
@@ -49,22 +49,13 @@ def choose_pairs(table: datasets.Dataset, data: DataOptions, seed: int, labels: 
     with single images. Raises UserError for an unknown layout, missing columns, labels that decide nothing, or when
     nothing is left.
     """
-    names, notes = table.column_names, []
-    source = data.source or f"the cache {data.cached_dataset}"
-    layout = find_layout(names, data, method, labelled=labels is None)
-    needed = [layout.caption, *layout.images] + (layout.labels if labels is None else [])
-    needed += ["model_0", "model_1"] if data.dreamlike_pairs_only else []
-    missing = [name for name in needed if name not in names]
-    if missing:
-        raise UserError(f"{source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has "
-                        f"{', '.join(names)}. It is read as {layout}; other columns can be named with --caption_column, "
-                        "--winner_column, --loser_column and --label_column")
-
+    notes, source = [], data.source or f"the cache {data.cached_dataset}"
+    layout = layout_of(table, data, method, labelled=labels is None)
     keep = np.ones(len(table), dtype=bool)
     first_wins = np.ones(len(table), dtype=bool)
     if labels is not None or layout.labels:
         if labels is None:
-            labels = decide(layout, [column_values(table, name) for name in layout.labels], source)
+            labels = labels_of(table, layout, source)
         first_wins, keep, dropped = winners(labels, layout.rule, source)
         if data.choice_model:
             notes.append(f"{len(table)} pairs have their labels by {data.choice_model}")
@@ -85,23 +76,48 @@ def choose_pairs(table: datasets.Dataset, data: DataOptions, seed: int, labels: 
     return PairTable(table, index, first_wins[index], layout.caption, layout.images, notes, str(layout))
 
 
-def winners(labels: np.ndarray, rule: str, source: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Labels of 1, 0, 0.5 and None -> whether image 0 wins, which rows decide, (rows,) each, and what is dropped, in words.
-    Raises UserError for any other label."""
+def layout_of(table: datasets.Dataset, data: DataOptions, method: str | None, labelled: bool = True) -> Layout:
+    """How the table is read. Raises UserError for an unknown layout and for columns that it lacks."""
+    names, source = table.column_names, data.source or f"the cache {data.cached_dataset}"
+    layout = find_layout(names, data, method, labelled)
+    needed = [layout.caption, *layout.images] + layout.labels * labelled
+    needed += ["model_0", "model_1"] if data.dreamlike_pairs_only else []
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise UserError(f"{source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has "
+                        f"{', '.join(names)}. It is read as {layout}; other columns can be named with --caption_column, "
+                        "--winner_column, --loser_column and --label_column")
+    return layout
+
+
+def labels_of(table: datasets.Dataset, layout: Layout, source: str) -> np.ndarray:
+    """What the table says of every row: 1 (image 0 wins; liked), 0, 0.5 or None; (rows,) object. Raises UserError."""
+    if not layout.labels:
+        return np.ones(len(table), dtype=object)
+    return decide(layout, [column_values(table, name) for name in layout.labels], source)
+
+
+def label_values(labels: np.ndarray, source: str) -> np.ndarray:
+    """Labels of 1, 0, 0.5 and None as numbers, NaN where there is none; (rows,). Raises UserError for any other label."""
     if any(isinstance(label, (list, dict, np.ndarray)) for label in labels):
         raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, not a list")
-    unlabelled = np.array([label is None or label != label for label in labels], dtype=bool)
     try:
-        values = np.array([0.5 if bad else label for label, bad in zip(labels, unlabelled)], dtype=np.float64)
+        values = np.array([np.nan if label is None else label for label in labels], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: label_0 must be 0, 0.5 or 1 ({first_line(error)})") from None
-    odd = np.flatnonzero(~np.isin(values, (0.0, 0.5, 1.0)))
+    odd = np.flatnonzero(~np.isin(values, (0.0, 0.5, 1.0)) & ~np.isnan(values))
     if len(odd):
         raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, but row {odd[0]} has {labels[odd[0]]} "
                         f"({len(odd)} such rows); --label_column label_0 takes it for a share of votes")
-    keep = values != 0.5
-    undecided = int((~keep).sum() - unlabelled.sum())
-    notes = []
+    return values
+
+
+def winners(labels: np.ndarray, rule: str, source: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Labels of 1, 0, 0.5 and None -> whether image 0 wins, which rows decide, (rows,) each, and what is dropped, in words.
+    Raises UserError for any other label."""
+    values = label_values(labels, source)
+    unlabelled = np.isnan(values)
+    keep, undecided, notes = np.isin(values, (0.0, 1.0)), int((values == 0.5).sum()), []
     if rule == "like":
         notes.append(f"{int((values == 1.0).sum())} of {len(labels)} images are liked")
     else:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from common.progress import progress_bar
 from common.train_options import DataOptions
 from data.bad_pairs import BadPair, decode_images, read_caption, read_row
-from data.layouts import find_layout
+from data.choosing import layout_of
 from data.table import content_digest
 from common.errors import UserError
 
@@ -28,11 +28,8 @@ def ai_feedback_labels(table: datasets.Dataset, data: DataOptions, output_dir: P
     """
     from eval.metrics import load_metric, metric_version
 
-    layout = find_layout(table.column_names, data, "pairs", labelled=False)
+    layout = layout_of(table, data, "pairs", labelled=False)
     columns = [layout.caption, *layout.images]
-    missing = [name for name in columns if name not in table.column_names]
-    if missing:
-        raise UserError(f"{data.source} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
     version = metric_version(data.choice_model, data.metrics_config)
     key = hashlib.sha256(f"{version}|{layout.caption}|{content_digest(table, data)}".encode()).hexdigest()[:16]
     folder = output_dir / "ai_feedback" / f"{data.choice_model}-{key}"

@@ -1,4 +1,4 @@
-"""Pick-a-Pic pairs for the step-aware preference model: both images in their own order, with a soft label."""
+"""Preference pairs for the step-aware preference model: both images in their own order, with a soft label."""
 
 import math
 from dataclasses import replace
@@ -10,17 +10,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
 
-from common.errors import UserError, first_line, warn
+from common.errors import UserError, warn
 from common.train_options import DataOptions
 from data.bad_pairs import decode_images, read_caption, read_row
 from data.draws import PairDraw
 from data.images import scale_pixels
 from data.pairs import PairDataset
-from data.choosing import PairTable
+from data.choosing import PairTable, label_values, labels_of, layout_of
 from data.table import column_values, load_table
 from spo.preference_model.options import PICKAPIC_VALIDATION
 
-COLUMNS = ("jpg_0", "jpg_1", "label_0")
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 500  # of the prompts of data without a validation split; Pick-a-Pic's has 500 pairs
 
 
@@ -29,13 +28,6 @@ def clip_square(image: Image.Image, size: int) -> Tensor:
     then the centre (odd margins rounded down)."""
     image = F.resize(image, size, interpolation=F.InterpolationMode.BICUBIC)
     return F.pil_to_tensor(F.crop(image, (image.height - size) // 2, (image.width - size) // 2, size, size))
-
-
-def check_columns(table: datasets.Dataset, caption_column: str, source: str) -> None:
-    missing = [name for name in (*COLUMNS, caption_column) if name not in table.column_names]
-    if missing:
-        raise UserError(f"{source} lacks {', '.join(missing)}; it has {', '.join(table.column_names)}. Pairs need caption, "
-                        "jpg_0, jpg_1 and label_0")
 
 
 class LabelledPairs(PairDataset):
@@ -52,26 +44,19 @@ class LabelledPairs(PairDataset):
 
     def __init__(self, table: datasets.Dataset, data: DataOptions, latent_shape: tuple[int, int, int], seed: int, source: str,
                  rows: np.ndarray | None = None, judge_size: int | None = None):
-        """rows: those of the table that are meant (None: all). Raises UserError for missing columns, odd labels, or when no
-        row has a label."""
-        check_columns(table, data.caption_column, source)
+        """rows: those of the table that are meant (None: all). Raises UserError for an unknown layout (data/layouts.py), odd
+        labels, or when no row has a label."""
+        layout = layout_of(table, data, "pairs")
         rows = np.arange(len(table)) if rows is None else rows
-        try:
-            labels = np.array([np.nan if label is None else label for label in column_values(table, "label_0")[rows]],
-                              dtype=float)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{source}: label_0 must be 0, 0.5 or 1 ({first_line(error)})") from None
+        labels = label_values(labels_of(table, layout, source), source)[rows]
         labelled = ~np.isnan(labels)
         index, self.labels = rows[labelled], labels[labelled]
         if len(index) < len(rows):
             warn(f"{len(rows) - len(index)} of {len(rows)} pairs of {source} have no label and are dropped")
-        odd = np.flatnonzero(~np.isin(self.labels, (0.0, 0.5, 1.0)))
-        if len(odd):
-            raise UserError(f"{source}: label_0 must be 0, 0.5 or 1, but row {index[odd[0]]} has {self.labels[odd[0]]}")
         if len(index) == 0:
             raise UserError(f"{source} holds no labelled pair")
         # first_wins has the soft labels here, so that the digest of the pairs knows them.
-        pairs = PairTable(table, index, self.labels, data.caption_column, ["jpg_0", "jpg_1"], notes=[])
+        pairs = PairTable(table, index, self.labels, layout.caption, layout.images, notes=[], layout=str(layout))
         super().__init__(pairs, data, seed, latent_shape, tokenize=None)
         self.judge_size = judge_size
         self.weights = 1.0 / self._pairs_of_each_prompt()
@@ -109,7 +94,7 @@ def load_pairs(data: DataOptions, split: str, latent_shape: tuple[int, int, int]
     """Pairs to train on and to validate on, of the split (None for "none"). Local data without Pick-a-Pic's validation split
     is validated on pairs held out of those to train on. Raises UserError."""
     table, source = load_table(data, cache_dir), data.source
-    check_columns(table, data.caption_column, source)
+    caption = layout_of(table, data, "pairs").caption
     validation = rows = held_out = None
     if split != "none":
         try:
@@ -118,7 +103,7 @@ def load_pairs(data: DataOptions, split: str, latent_shape: tuple[int, int, int]
             if split != PICKAPIC_VALIDATION or not data.is_local:
                 raise
             validation = table
-            rows, held_out = hold_out(table, data.caption_column, seed)
+            rows, held_out = hold_out(table, caption, seed)
             warn(f"{source} has no split '{split}': {len(held_out)} of its {len(table)} pairs are held out of training to "
                  "validate on (choose a split with --validation_split, or 'none')")
     pairs = LabelledPairs(table, data, latent_shape, seed, source, rows)

@@ -52,7 +52,8 @@ SPM_GROUPS = [ModelOptions, SPMMemoryOptions, DataOptions, ObjectiveOptions, SPM
 NAMES = {  # of train.py's options, those that are read here
     "pretrained_model_name_or_path", "revision", "pretrained_vae_model_name_or_path", "sdxl", "cache_dir",
     "mixed_precision", "allow_tf32", "gradient_checkpointing",
-    "dataset_name", "dataset_config_name", "train_data_dir", "split", "caption_column", "resolution",
+    "dataset_name", "dataset_config_name", "train_data_dir", "split", "dataset_shards", "caption_column", "winner_column",
+    "loser_column", "label_column", "resolution",
     "dataloader_num_workers", "max_bad_fraction",
     "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_warmup_steps",
     "adam_weight_decay", "max_grad_norm",

@@ -88,7 +88,7 @@ class SPMTask(StoredPairs):
                     f"px), guidance {own.guidance:g}",
             "precision": options.memory.mixed_precision,
             "pairs": f"{len(self.dataset)} of {options.data.source}; validated on "
-                     + (str(len(self.validation)) if self.validation else "none"),
+                     + (str(len(self.validation)) if self.validation else "none") + f"; {self.dataset.pairs.layout}",
             "labels": labels,
             "batch": f"{run.pairs_per_step} pairs per step = {run.accelerator.num_processes} device(s) x "
                      f"{optimizer.train_batch_size} x {optimizer.gradient_accumulation_steps} accumulated",

@@ -18,13 +18,14 @@ from transformers import CLIPImageProcessorPil
 from common.errors import UserError
 from common.locks import release
 from common.train_options import DataOptions
-from spo.preference_model.data import LabelledPairs, hold_out
+from spo.preference_model.data import LabelledPairs, hold_out, load_pairs
 from spo.preference_model.model import EVALUATION_TIMESTEPS, load_spm
 from spo.preference_model.options import parse_spm_options
 from spo.preference_model.restore import Restorer, accuracies, agreement, labels_from_scores
 from spo.preference_model.task import preference_cross_entropy
 from spo.preference_model.train import train
 from tests.conftest import reset_accelerate
+from tests.data.test_layouts import LAYOUTS, WINS
 from training.checkpoints import read_progress
 from training.optimizers import warmup_then_decay
 from training.records import read_metrics
@@ -110,7 +111,7 @@ def table(pairs_dir):
 
 
 def labelled(table, **options):
-    return LabelledPairs(table, DataOptions(resolution=64), (4, 8, 8), 0, "here", **options)
+    return LabelledPairs(table, DataOptions(train_data_dir="here", resolution=64), (4, 8, 8), 0, "here", **options)
 
 
 def test_pairs_keep_ties_order_and_their_prompts_weight(table):
@@ -126,13 +127,27 @@ def test_pairs_keep_ties_order_and_their_prompts_weight(table):
 
 
 def test_odd_pairs_are_refused(table):
-    with pytest.raises(UserError, match="here lacks jpg_1"):
+    with pytest.raises(UserError, match="here lacks the column jpg_1; it has .*jpg_0"):
         labelled(table.remove_columns("jpg_1"))
     column = [0.3, *table["label_0"][1:]]
     with pytest.raises(UserError, match="row 0 has 0.3"):
         labelled(table.remove_columns("label_0").add_column("label_0", column))
     with pytest.raises(UserError, match="no labelled pair"):
         labelled(table.remove_columns("label_0").add_column("label_0", [None] * len(table)))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_that_training_reads_gives_the_same_pairs(name, tmp_path):
+    def winners_and_losers(name, folder):
+        source, flags = LAYOUTS[name](folder)
+        words = ["--pretrained_model_name_or_path=base", f"--train_data_dir={source}", "--resolution=64", *flags]
+        pairs, validation = load_pairs(parse_spm_options(words).data, "none", (4, 8, 8), 0, None)
+        assert validation is None and len(pairs) == len(WINS)
+        items = [pairs[0, index] for index in range(len(pairs))]
+        return {item["caption"]: item["pixel_values"] if item["label_0"] else item["pixel_values"].flip(0) for item in items}
+
+    found, expected = winners_and_losers(name, tmp_path / "a"), winners_and_losers("Pick-a-Pic", tmp_path / "b")
+    assert found.keys() == expected.keys() and all(torch.equal(found[caption], expected[caption]) for caption in found)
 
 
 @pytest.mark.parametrize("size", [(107, 67), (67, 100), (64, 64)])
