@@ -1,4 +1,5 @@
-"""scripts/slurm/train.sbatch with stand-ins of srun and scontrol: two nodes of one machine, the time is up, queued again."""
+"""scripts/slurm/train.sbatch with stand-ins of srun and scontrol: two nodes of one machine; the time is up, or the job is
+preempted; queued again."""
 
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.forge import free_port
@@ -28,8 +30,28 @@ done
 exit $code
 """
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1" = show ]; then printf '127.0.0.1\\nlocalhost\\n'; else echo "$@" >> "$REQUEUED"; fi
+case "$1 $2" in
+  "show hostnames") printf '127.0.0.1\\nlocalhost\\n' ;;
+  "show job") cat "$REQUEUED-job" 2>/dev/null ;;
+  *) echo "$@" >> "$REQUEUED" ;;
+esac
 """
+LAUNCH = """#!/usr/bin/env bash
+# Stands in for training: SIGTERM is counted, and saving takes a second.
+signals=0
+trap 'signals=$((signals + 1))' TERM
+touch "running-$MACHINE_RANK"
+until [ "$signals" -gt 0 ] || [ -e finish ]; do sleep 0.05; done
+[ -e finish ] || sleep 1
+echo "$* of $MACHINE_RANK: $signals SIGTERM" >> said
+rm "running-$MACHINE_RANK"
+"""
+# What `scontrol show job` of Slurm 22.05 said of a job that was preempted within its partition's GraceTime, that scancel ended,
+# that ran again after a preemption.
+JOB = "   JobState={} Reason=None\n   StartTime=2026-11-25T03:18:30 EndTime=N/A\n   PreemptEligibleTime={} PreemptTime={}\n"
+PREEMPTED = JOB.format("RUNNING", "2026-11-25T03:18:30", "2026-11-25T03:18:35")
+CANCELLED = JOB.format("CANCELLED", "2026-11-25T03:18:44", "None")
+EARLIER = JOB.format("RUNNING", "2026-11-25T03:10:00", "2026-11-25T03:12:00")
 
 
 @pytest.fixture
@@ -43,11 +65,11 @@ def submit(tmp_path):
     copy.write_text((ROOT / "scripts" / "slurm" / "train.sbatch").read_text())
     started = []
 
-    def submit(*words):
+    def submit(*words, root=ROOT):
         log = tmp_path / f"log-{len(started)}"
         environment = os.environ | {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "REQUEUED": str(tmp_path / "requeued"), "PYTHON": sys.executable,
-            "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[0-1]",
+            "SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[0-1]",
             "MAIN_PORT": str(free_port()), "NUM_PROCESSES": "1", "SLURM_RESTART_COUNT": str(len(started))}
         with open(log, "w") as file:
             job = subprocess.Popen(["bash", str(copy), *map(str, words)], cwd=tmp_path, stdout=file, stderr=file, env=environment)
@@ -67,10 +89,8 @@ def test_a_job_whose_time_is_up_is_queued_again_and_continues(submit, tiny_sd15,
              *SMALL, "--train_batch_size", 1, "--gradient_accumulation_steps", 1, "--seed", 0, "--report_to", "none",
              "--learning_rate", 1e-6, "--checkpointing_steps", 0]
     job, log = submit(*words, "--max_train_steps", 100_000)
-    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 300
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
-        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
+    metrics = output / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) >= 2, job, log)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=120) == 0, log.read_text()
     told = log.read_text()
@@ -83,6 +103,38 @@ def test_a_job_whose_time_is_up_is_queued_again_and_continues(submit, tiny_sd15,
     assert job.wait(timeout=300) == 0, log.read_text()
     assert f"after step {step}" in log.read_text() and (output / "unet.pth").is_file()
     assert (tmp_path / "requeued").read_text() == "requeue 42\n", "a job that came to its end is not"
+
+
+@pytest.mark.parametrize("about, requeued, batch_is_told", [(PREEMPTED, True, False), (PREEMPTED, True, True), (CANCELLED, False, True)])
+def test_a_preempted_job_saves_and_is_queued_again(submit, tmp_path, about, requeued, batch_is_told):
+    """Slurm sends SIGTERM to the tasks, and at the grace time's end to the batch script, too."""
+    root = tmp_path / "root"
+    for path, text in (("scripts/train/launch.sh", LAUNCH), ("configs/train/x.yaml", "")):
+        (root / path).parent.mkdir(parents=True)
+        (root / path).write_text(text)
+    (tmp_path / "requeued-job").write_text(about)
+    job, log = submit("x", "--seed", 0, root=root)
+    wait_for(lambda: len(list(root.glob("running-*"))) == 2, job, log)
+    tasks = [process for process in psutil.Process(job.pid).children(recursive=True)
+             if process.cmdline()[1:2] == ["scripts/train/launch.sh"]]
+    for process in tasks + [job] * batch_is_told:
+        process.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) == 0, log.read_text()
+    assert sorted((root / "said").read_text().splitlines()) == ["x --seed 0 of 0: 1 SIGTERM", "x --seed 0 of 1: 1 SIGTERM"]
+    assert (tmp_path / "requeued").exists() == requeued
+
+    (root / "finish").touch()  # the next start comes to its end, and Slurm still knows of the preemption
+    (tmp_path / "requeued").unlink(missing_ok=True)
+    (tmp_path / "requeued-job").write_text(EARLIER)
+    job, log = submit("x", "--seed", 0, root=root)
+    assert job.wait(timeout=30) == 0 and not (tmp_path / "requeued").exists(), log.read_text()
+
+
+def wait_for(condition, job, log, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
 
 
 def test_what_is_missing_is_one_line(submit, tmp_path):
