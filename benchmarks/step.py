@@ -166,7 +166,7 @@ def prepare(variant: str, model: str, steps: int, options: TrainOptions, table: 
     with torch.device(device):
         torch.manual_seed(0)
         unet = make_unet(model)
-    networks = make_policy(family, unet, memory, run.dtype, device, needs_reference=True)
+    networks = make_policy(family, unet, memory, run.dtype, device, options.objective.needs_reference)
     trainable, optimizer_options = list(networks.network.parameters()), options.optimizer
     accelerator.autocast_handler.cache_enabled = official
     if official:
@@ -184,7 +184,8 @@ def prepare(variant: str, model: str, steps: int, options: TrainOptions, table: 
 
     parts, scalars, batches = Parts(device), StepScalars(), task.batches(0)
     parts.watch(policy, "policy")
-    parts.watch(networks.reference, "reference")
+    if networks.reference is not None:
+        parts.watch(networks.reference, "reference")
     for encoder in family.text_encoders:
         parts.watch(encoder, "text")
     if family.vae is not None:

@@ -48,15 +48,14 @@ class ScoredManifest:
 
     def write(self) -> None:
         """Put the scores into the file, beside those of other metrics and of other scorings that write there too; a
-        file that holds them all is left alone, as its folder may be read-only."""
+        file that holds them all is left alone, as its folder may be read-only. A metric that lacks images has no mean."""
         versions, kept = read_scores(self.scores_path, self.versions)
         images = [{"prompt": image.prompt, "gen_image_path": image.gen_image_path, "sha256": image.sha256,
                    "scores": kept.get((image.sha256, image.prompt), {}) | image.scores}
                   for image in self.images if image.sha256]
-        means = {name: mean_score([image["scores"] for image in images], name) for name in versions}
-        before = read_json(self.scores_path)
-        metrics = {name: {"label": label_of(name, before), "version": versions[name], "mean": mean}
-                   for name, mean in means.items() if mean is not None}
+        scored, before = {name for image in images for name in image["scores"]}, read_json(self.scores_path)
+        metrics = {name: {"label": label_of(name, before), "version": versions[name],
+                          "mean": mean_score([image["scores"] for image in images], name)} for name in versions if name in scored}
         content = {"manifest": self.path.name, "metrics": metrics, "images": images}
         if before != content:
             write_json(self.scores_path, content)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import math
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from common.errors import UserError, first_line
 from common.images import FORMATS
 from common.progress import progress_bar
-from eval.metrics import load_metric, looks_at, metric_settings, metric_version, read_config
+from eval.metrics import METRICS, load_metric, looks_at, metric_settings, metric_version, read_config
 from eval.metrics.base import Metric, to_pixels
 from eval.options import ScoringOptions
 from eval.scores import ScoredImage, ScoredManifest, open_manifest
@@ -62,10 +63,11 @@ def score_manifests(paths: list[str | Path], options: ScoringOptions) -> tuple[l
             continue
         try:
             score_images(load_metric(name, device, config), todo, options.batch_size)
-        except (UserError, torch.OutOfMemoryError) as error:
-            failures[name] = first_line(error)
-        for manifest in manifests:
-            manifest.write()
+        except faults(name) as error:
+            failures[name] = reason(error)
+        finally:  # what was scored is kept, whatever ends it
+            for manifest in manifests:
+                manifest.write()
     for image in images:
         image.pixels.clear()
     for manifest in manifests:
@@ -99,11 +101,23 @@ def read_image(image: ScoredImage, kept: dict, sides: dict[str, int], at_once: d
     except READ_ERRORS as error:
         image.fault = first_line(error)
         return
-    for name in at_once.keys() & wanted:
+    for name in (at_once.keys() & wanted) - failures.keys():
         try:
             image.scores[name] = finite(at_once[name].score([picture], [image.prompt]), [image])[0]
-        except UserError as error:
-            failures[name] = str(error)
+        except faults(name) as error:
+            failures[name] = reason(error)
+
+
+def faults(name: str) -> tuple[type[Exception], ...]:
+    """Errors that fail a metric alone: of a class of one's own, all."""
+    return (Exception,) if METRICS[name].own else (UserError, torch.OutOfMemoryError)
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, (UserError, torch.OutOfMemoryError)):
+        return first_line(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {place.filename}, line {place.lineno}: {first_line(error)}"
 
 
 def finite(scores: torch.Tensor, images: list[ScoredImage]) -> list[float]:

@@ -44,6 +44,11 @@ class Flat(Metric):
         return torch.zeros(len(pixels), 1)
 
 
+class Broken(Metric):
+    def score(self, images, prompts):
+        return 1 / 0
+
+
 def no_class():
     pass
 '''
@@ -141,4 +146,13 @@ def test_scores_of_a_wrong_shape_fail_their_metric_alone(package, make_manifest,
     assert score.main(["--manifests", str(manifest), "--metrics", "flat", "redness", "--metrics_config", str(path),
                        "--device", "cpu"]) == 1
     assert "flat was not scored: it gave scores of shape (3, 1) for 3 images" in capsys.readouterr().err
+    assert list(kept(manifest)["metrics"]) == ["redness"]
+
+
+def test_an_error_in_the_class_fails_its_metric_alone_and_names_its_line(package, make_manifest, tmp_path, capsys):
+    path, manifest = config(tmp_path, broken={"cls": "Broken"}, redness={"cls": "Redness"}), make_manifest("a", PROMPTS)
+    assert score.main(["--manifests", str(manifest), "--metrics", "broken", "redness", "--metrics_config", str(path),
+                       "--device", "cpu"]) == 1
+    line = CODE.splitlines().index("        return 1 / 0") + 1
+    assert f"broken was not scored: ZeroDivisionError in {package}, line {line}: division by zero" in capsys.readouterr().err
     assert list(kept(manifest)["metrics"]) == ["redness"]

@@ -11,6 +11,7 @@ from PIL import Image
 from common.errors import UserError
 from eval import score, scores, scoring
 from eval.metrics import METRICS
+from eval.metrics.clip import CLIPScore
 
 pytestmark = pytest.mark.usefixtures("shared_metrics")
 
@@ -143,6 +144,25 @@ def test_a_score_that_is_no_number_fails_its_metric(metric, of, make_manifest, m
         assert run([manifest], metrics_config, "--metrics", metric, "aesthetics") == 1
     assert f"error: {metric} was not scored" in (said := capsys.readouterr().err) and "is nan, no finite number" in said
     assert set(kept(manifest)["metrics"]) == {"aesthetics"}
+
+
+def test_what_was_scored_before_a_scorer_fails_is_kept(make_manifest, metrics_config, monkeypatch):
+    manifest, scored = make_manifest("a", PROMPTS), []
+
+    def score(self, pixels, prompts, of=CLIPScore.score_pixels):
+        if len(scored) == 1:
+            scored.append("broken")
+            raise KeyboardInterrupt
+        scored.append(len(prompts))
+        return of(self, pixels, prompts)
+
+    monkeypatch.setattr(CLIPScore, "score_pixels", score)
+    with pytest.raises(KeyboardInterrupt):
+        run([manifest], metrics_config, "--metrics", "clip", "--batch_size", "2")
+    found = kept(manifest)
+    assert [len(image["scores"]) for image in found["images"]] == [1, 1, 0, 0, 0] and found["metrics"]["clip"]["mean"] is None
+    assert run([manifest], metrics_config, "--metrics", "clip", "--batch_size", "2") == 0
+    assert scored == [2, "broken", 2, 1] and isinstance(kept(manifest)["metrics"]["clip"]["mean"], float)
 
 
 def test_oracle_stands_beside_the_others(make_manifest, metrics_config, capsys):
