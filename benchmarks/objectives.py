@@ -7,22 +7,15 @@ storage that lives during a step: weights, gradients, moments and activations. S
 of a CPU, the process's CPU time. Ratios are to the first method.
 """
 
-import gc
 import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from benchmarks.memory import LiveBytes
-from benchmarks.models import RESOLUTIONS
-from benchmarks.step import Bench, make_pairs, prepare, step_options
 from common.errors import quiet_libraries, run_program
 from common.options import option, parse
 from common.train_options import PAIRWISE
-from models.devices import start_accelerator
 
 MODEL = "tiny"
 
@@ -34,14 +27,18 @@ class ObjectivesOptions:
     repeats: int = option(20, "steps timed of each, in turns", at_least=1)
 
 
-def prepared(method: str, options: ObjectivesOptions, folder: Path) -> tuple[Bench, int]:
-    """A method's training step, and the peak of its bytes from its second step on."""
+def prepared(method: str, options: ObjectivesOptions, folder: Path) -> tuple:
+    """A method's training step (a Bench), and the peak of its bytes in its second step."""
+    from benchmarks.models import RESOLUTIONS
+    from benchmarks.step import make_pairs, prepare, step_options
+    from benchmarks.step_memory import LiveBytes
+    from models.devices import start_accelerator
+
     train = step_options(MODEL, options.batch, 1, "no", f"--train_method={method}")
     table, accelerator = make_pairs(4 * options.batch, RESOLUTIONS[MODEL]), start_accelerator(train)
     with LiveBytes(()) as bytes_:
         bench = prepare("cached", MODEL, options.repeats + 2, train, table, accelerator, folder)
         bench.optimizer_step()
-        gc.collect()
         bytes_.peak = bytes_.live
         bench.optimizer_step()
     return bench, bytes_.peak
@@ -50,6 +47,7 @@ def prepared(method: str, options: ObjectivesOptions, folder: Path) -> tuple[Ben
 def main() -> None:
     [options], _ = parse([ObjectivesOptions], program="python -m benchmarks.objectives", description=__doc__)
     quiet_libraries()
+    import torch
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         benches = {method: prepared(method, options, Path(folder)) for method in options.methods}

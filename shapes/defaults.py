@@ -14,7 +14,8 @@ from pathlib import Path
 from common.errors import quiet_libraries, run_program
 from common.files import write_text
 from common.options import option, parse
-from common.train_options import OFFLINE, PAIRWISE, parse_options
+from common.train_checks import parse_options
+from common.train_options import OFFLINE, PAIRWISE
 
 LAST = 25  # steps that a figure is the mean of
 
