@@ -13,7 +13,6 @@ from common.train_options import DataOptions
 from data.bad_pairs import BadPair, decode_images, read_caption, read_row
 from data.choosing import layout_of
 from data.table import content_digest
-from common.errors import UserError
 
 ROWS_A_FILE = 1024
 BATCH = 32

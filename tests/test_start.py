@@ -37,7 +37,7 @@ PROGRAMS = {
     "eval.compare": ["--config", "/no/such.yaml"],
     "eval.report": ["--config", "/no/such.yaml"],
 }
-BENCHMARKS = ("train_step", "memory", "generation", "safeguard", "data_path", "communication", "scoring")
+BENCHMARKS = ("train_step", "memory", "generation", "safeguard", "data_path", "communication", "scoring", "objectives")
 CASES = ([(program, flags) for program in PROGRAMS for flags in (["--help"], ["--no_such_option=1"], [])]
          + list(PROGRAMS.items())
          + [(f"benchmarks.{name}", ["--no_such_option=1"]) for name in BENCHMARKS]

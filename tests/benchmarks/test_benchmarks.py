@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import communication, generation, memory, safeguard, train_step
+from benchmarks import communication, generation, memory, objectives, safeguard, train_step
 from benchmarks.communication import CommunicationOptions, model_times
 from benchmarks.step_memory import LiveBytes, Setting, as_on_a_gpu, count_step, recomputed_share
 from benchmarks.models import make_family, make_unet
@@ -54,6 +54,16 @@ def test_a_wrong_choice_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_step", "--model", "sd3"])
     with pytest.raises(UserError, match="argument --model: invalid choice: .sd3. .*tiny.*sd15.*sdxl"):
         train_step.main()
+
+
+def test_mapo_needs_no_reference(monkeypatch, capsys, fresh_accelerate):
+    monkeypatch.setattr("sys.argv", ["objectives", "--batch", "1", "--repeats", "1"])
+    objectives.main()
+    dpo, mapo = [line.split("|") for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert dpo[1].strip() == "diffusion-dpo" and mapo[1].strip() == "mapo" and dpo[3].strip() == dpo[5].strip() == "1.00"
+    with torch.device("meta"):
+        reference = sum(4 * parameter.numel() for parameter in make_unet("tiny").parameters()) / 2**20
+    assert float(dpo[4]) - float(mapo[4]) > 0.99 * reference
 
 
 def test_live_bytes_counts_storages_while_they_live():
@@ -112,6 +122,7 @@ def test_more_gpus_are_faster_and_never_more_than_linear():
     (communication, ["--effective_batch", "100"], "no multiple of the 8 pairs"),
     (safeguard, ["--models", "foo"], "argument --models: invalid choice"),
     (safeguard, ["--repeats", "0"], "--repeats must be a finite number of at least 1, not 0"),
+    (objectives, ["--methods", "sft"], "argument --methods: invalid choice"),
     (generation, ["--images", "0"], "--images must be a finite number of at least 1"),
     (memory, ["--batches", "1", "0"], "--batches must be a finite number of at least 1, not 0")])
 def test_wrong_options_are_refused_before_anything_is_measured(monkeypatch, program, words, said):

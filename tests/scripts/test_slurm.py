@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.forge import free_port
@@ -40,7 +39,7 @@ LAUNCH = """#!/usr/bin/env bash
 # Stands in for training: SIGTERM is counted, and saving takes a second.
 signals=0
 trap 'signals=$((signals + 1))' TERM
-touch "running-$MACHINE_RANK"
+echo $$ > ".$MACHINE_RANK" && mv ".$MACHINE_RANK" "running-$MACHINE_RANK"
 until [ "$signals" -gt 0 ] || [ -e finish ]; do sleep 0.05; done
 [ -e finish ] || sleep 1
 echo "$* of $MACHINE_RANK: $signals SIGTERM" >> said
@@ -115,10 +114,8 @@ def test_a_preempted_job_saves_and_is_queued_again(submit, tmp_path, about, requ
     (tmp_path / "requeued-job").write_text(about)
     job, log = submit("x", "--seed", 0, root=root)
     wait_for(lambda: len(list(root.glob("running-*"))) == 2, job, log)
-    tasks = [process for process in psutil.Process(job.pid).children(recursive=True)
-             if process.cmdline()[1:2] == ["scripts/train/launch.sh"]]
-    for process in tasks + [job] * batch_is_told:
-        process.send_signal(signal.SIGTERM)
+    for pid in [int(path.read_text()) for path in root.glob("running-*")] + [job.pid] * batch_is_told:
+        os.kill(pid, signal.SIGTERM)
     assert job.wait(timeout=30) == 0, log.read_text()
     assert sorted((root / "said").read_text().splitlines()) == ["x --seed 0 of 0: 1 SIGTERM", "x --seed 0 of 1: 1 SIGTERM"]
     assert (tmp_path / "requeued").exists() == requeued
