@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The published claims as an experiment on the shapes world: claims.md, claims.html and plots in output/claims.
-#     bash scripts/reproduce_claims.sh [options of shapes/claims.py, such as --seeds 5]
-#     bash scripts/reproduce_claims.sh --smoke        # one seed and tiny budgets, into output/claims_smoke
+# The claims as an experiment on the shapes world: claims.md and its pictures in output/claims.
+#     bash scripts/reproduce_claims.sh [options of python -m shapes.experiments, such as --parts frontier objectives]
+#     bash scripts/reproduce_claims.sh --smoke        # tiny budgets, into output/claims_smoke: does everything run?
+#     bash scripts/reproduce_claims.sh --full         # every part, longer runs, into output/claims_full: hours
 # A call that was interrupted continues where it ended.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -11,6 +12,6 @@ export OMP_NUM_THREADS=1 # each worker has one core
 
 output=output/claims
 for argument in "$@"; do
-  if [ "$argument" = --smoke ]; then output=output/claims_smoke; fi
+  case "$argument" in --smoke) output=output/claims_smoke ;; --full) output=output/claims_full ;; esac
 done
-run "$PYTHON" -m shapes.claims --output "$output" "$@"
+run "$PYTHON" -m shapes.experiments --output "$output" "$@"

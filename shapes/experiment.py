@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from common.files import write_json
@@ -70,14 +70,17 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         network.train(training)
 
 
-def draw_with(network: nn.Module, pipeline: StableDiffusionPipeline, *arguments, **settings) -> list:
-    """draw_images with another network in the pipeline, for this once."""
-    own, pipeline.unet = pipeline.unet, network
+def draw_with(network: nn.Module | None, pipeline: DiffusionPipeline, *arguments, **settings) -> list:
+    """draw_images with another network in the pipeline, for this once; None: with its own."""
+    name = "unet" if hasattr(pipeline, "unet") else "transformer"
+    own = getattr(pipeline, name)
+    network = own if network is None else network
+    setattr(pipeline, name, network)
     try:
         with evaluating(network):
             return draw_images(pipeline, *arguments, **settings)
     finally:
-        pipeline.unet = own
+        setattr(pipeline, name, own)
 
 
 # --- pieces of work ------------------------------------------------------------------------------------------------------

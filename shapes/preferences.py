@@ -34,11 +34,12 @@ class PreferencesOptions:
 
 
 def write_preferences(folder: str | os.PathLike, num_pairs: int, seed: int = 0, num_inference_steps: int = 20,
-                      unseen: bool = False) -> Path:
+                      unseen: bool = False, drawn_share: float = 0.5) -> Path:
     """Write `num_pairs` pairs of 32x32 images into parquet files in `folder` and return it as a Path.
 
-    Captions are of those the base was trained on, or with `unseen` of those held out. model_0 and model_1 tell the
-    halves apart: BASE_NAME for generated pairs. Raises UserError where num_pairs is below two.
+    Captions are of those the base was trained on, or with `unseen` of those held out. drawn_share: of the pairs, how many
+    the base draws. model_0 and model_1 tell them apart: BASE_NAME for generated pairs. Raises UserError where num_pairs is
+    below two.
     """
     if num_pairs < 2:
         raise UserError(f"num_pairs is {num_pairs}: ask for at least two, one generated and one rendered")
@@ -48,7 +49,7 @@ def write_preferences(folder: str | os.PathLike, num_pairs: int, seed: int = 0, 
     from shapes.pipeline import base_pipeline, draw_images
 
     rng = random.Random(seed)
-    prompts = [caption(sample_drawing(rng, unseen)) for _ in range(num_pairs // 2)]
+    prompts = [caption(sample_drawing(rng, unseen)) for _ in range(int(num_pairs * drawn_share))]
     pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline())
     images = draw_images(pipeline, [prompt for prompt in prompts for _ in range(CANDIDATES)], seed * 1_000_003,
                          num_inference_steps)

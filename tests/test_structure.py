@@ -28,7 +28,6 @@ EXCEPTIONS = {  # (file, what it imports): why
 }
 LONG = 350
 LONGER = {  # file: why
-    "shapes/claims_report.py": "one report: its figures, its table and its page",
 }
 FAMILY_WORDS = re.compile(r"sdxl|turbo|refiner", re.IGNORECASE)
 FAMILY_FILES = {  # file or folder: why

@@ -1,0 +1,153 @@
+"""What is run, in which order: worlds, objectives, variants, rates and seeds."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from common.options import option
+
+PARTS = {  # the most telling first
+    "frontier": "Diffusion-DPO, plain and safeguarded, on pairs that others drew: every rate, every seed",
+    "variants": "its rivals and controls there: every rate with seed 0, the further seeds at each one's best",
+    "objectives": "the other objectives there, plain and safeguarded, with a shorter run: the ranking",
+    "flow": "Diffusion-DPO, plain and safeguarded, on the flow-matching base",
+    "on-policy": "on pairs that the base itself drew",
+    "mixed": "on pairs of both kinds",
+    "lambda": "what each kind of lambda does to a step's own winners, and what it costs",
+    "methods": "the variants of DMPO and of DSPO",
+}
+SEED = 0  # chooses each configuration's best (rate, steps); the further seeds are reported
+JUDGED = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of a run's steps after which it draws
+SHORT = 0.4  # share of the steps that the ranking of objectives takes
+MU = 0.9
+
+SAFEGUARD = {"use_winner_preserving": True, "winner_preserving_mu": MU}
+WINNER_WEIGHT = {"sd15": 1250.0, "sd3": 25.0}  # a quarter of Diffusion-DPO's beta: at the start the winner is pulled twice as hard
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "safeguarded": SAFEGUARD,
+    "mu 0.6": SAFEGUARD | {"winner_preserving_mu": 0.6},
+    "per pair": SAFEGUARD | {"winner_preserving_granularity": "sample"},
+    "fixed lambda": {"fixed_lambda": 1.0 - MU},
+    "winner's error added": {"winner_error_weight": WINNER_WEIGHT},
+    "winners only": {"train_method": "sft"},
+}
+CORE = ("plain", "safeguarded")
+OBJECTIVES = ("dmpo", "dspo", "mapo", "poly-dpo", "linear-dpo", "ipo", "dpop", "kto")
+
+
+@dataclass
+class Settings:
+    title = "the experiment"
+
+    output: str = option("output/claims", "folder for the runs and the report")
+    smoke: bool = option(False, "tiny budgets: does everything run?")
+    full: bool = option(False, "every part, longer runs, more captions: hours")
+    parts: list[str] = option([], f"of {', '.join(PARTS)}; by default all but methods")
+    report: bool = option(False, "only write the report of the runs that are there")
+    rates: list[float] = option([1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "the grid", above=0)
+    seeds: int = option(3, "further seeds, which are reported", at_least=1)
+    steps: int = option(80, "optimizer steps of a run", at_least=10)
+    batch_size: int = option(8, "pairs per step", at_least=1)
+    pairs: int = option(400, "pairs trained on", at_least=2)
+    captions: int = option(24, "captions that the base was never trained on, drawn at each judgement", at_least=1)
+    inference_steps: int = option(12, "sampling steps of each drawing", at_least=1)
+    instrument_steps: int = option(30, "steps on which each kind of lambda is measured", at_least=1)
+    timing_rounds: int = option(12, "rounds of three steps, plain and safeguarded by turns", at_least=2)
+    workers: int = option(2, "runs at a time, one thread each", at_least=1)
+
+    def __post_init__(self):
+        if self.smoke:
+            self.rates, self.seeds, self.steps, self.batch_size = [1e-4], 1, 10, 2
+            self.pairs, self.captions, self.inference_steps, self.instrument_steps, self.timing_rounds = 24, 2, 2, 2, 2
+        if self.full:
+            self.steps, self.captions, self.parts = 300, 48, self.parts or list(PARTS)
+        self.parts = self.parts or [part for part in PARTS if part != "methods"]
+
+    @property
+    def further(self) -> range:
+        return range(1, self.seeds + 1)
+
+    @property
+    def middle(self) -> list[float]:
+        """The rates of the smaller grids."""
+        return self.rates[1:-1] or self.rates
+
+
+class World(NamedTuple):
+    base: str  # a key of WINNER_WEIGHT
+    pairs: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.base}_{self.pairs}"
+
+
+WORLD = World("sd15", "off-policy")
+WORLDS = {"flow": World("sd3", "off-policy"), "on-policy": World("sd15", "on-policy"), "mixed": World("sd15", "mixed")}
+
+
+class Config(NamedTuple):
+    """What is compared."""
+
+    world: World
+    method: str
+    variant: str
+
+    def options(self) -> dict[str, Any]:
+        """train.py's."""
+        chosen = {name: value[self.world.base] if isinstance(value, dict) else value
+                  for name, value in VARIANTS[self.variant].items()}
+        return {"train_method": self.method} | chosen
+
+
+WINNERS_ONLY = Config(WORLD, "diffusion-dpo", "winners only")
+
+
+class Run(NamedTuple):
+    config: Config
+    rate: float
+    seed: int
+    share: float = 1.0  # of the settings' steps
+
+    @property
+    def name(self) -> str:
+        """Its record's path below runs/, without the suffix."""
+        variant = self.config.variant.replace(" ", "-").replace("'", "")
+        short = "" if self.share == 1.0 else "_short"
+        return f"{self.config.world.name}/{self.config.method}_{variant}_lr{self.rate:g}_seed{self.seed}{short}"
+
+
+BestRate = Callable[[Config, float], float | None]  # the rate that SEED chose within that share of the steps
+Stage = Callable[[BestRate], list[Run]]
+
+
+def configs(world: World, methods: Iterable[str], variants: Iterable[str]) -> list[Config]:
+    return [Config(world, method, variant) for method in methods for variant in variants]
+
+
+def stages(part: str, settings: Settings) -> list[Stage]:
+    """A part's stages; what each runs follows from what those before it found."""
+    if part == "frontier":
+        chosen = configs(WORLD, ["diffusion-dpo"], CORE)
+        return [lambda best: grid(chosen, settings.rates, [SEED]), lambda best: grid(chosen, settings.rates, settings.further)]
+    if part == "variants":
+        return grid_then_best(configs(WORLD, ["diffusion-dpo"], [name for name in VARIANTS if name not in CORE]), settings.rates, settings)
+    if part == "objectives":
+        return grid_then_best([*configs(WORLD, OBJECTIVES, CORE), WINNERS_ONLY], settings.middle, settings, SHORT)
+    if part == "methods":
+        return grid_then_best(configs(WORLD, ["dmpo", "dspo"], [name for name in VARIANTS if name != "winners only"]), settings.rates,
+                              settings)
+    if part in WORLDS:
+        chosen = configs(WORLDS[part], ["diffusion-dpo"], CORE)
+        return [lambda best: grid(chosen, settings.middle, [SEED]), lambda best: grid(chosen, settings.middle, settings.further)]
+    return []
+
+
+def grid(chosen: list[Config], rates: Iterable[float], seeds: Iterable[int], share: float = 1.0) -> list[Run]:
+    return [Run(config, rate, seed, share) for seed in seeds for rate in rates for config in chosen]
+
+
+def grid_then_best(chosen: list[Config], rates: list[float], settings: Settings, share: float = 1.0) -> list[Stage]:
+    return [lambda best: grid(chosen, rates, [SEED], share),
+            lambda best: [Run(config, best(config, share), seed, share) for seed in settings.further for config in chosen]]

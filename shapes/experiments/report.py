@@ -1,0 +1,164 @@
+"""claims.md: what was run, the claims, the frontier, the objectives' ranking; its pictures lie beside it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from common.files import read_json, write_text
+from shapes.experiments import pictures
+from shapes.experiments.claims import ALL_WORLDS, OVERHEAD_TOLERANCE, SCORE_TOLERANCE, WINNER_TOLERANCE, all_claims
+from shapes.experiments.instruments import LAMBDAS, RATE, instrument_path
+from shapes.experiments.plan import CORE, OBJECTIVES, PARTS, SEED, SHORT, VARIANTS, WINNERS_ONLY, WORLD, Config, Settings, World, stages
+from shapes.experiments.results import Results, interval, score
+from shapes.experiments.runs import COLLAPSED, is_done
+
+
+def write_report(settings: Settings) -> None:
+    results, output = Results(settings), Path(settings.output)
+    sections = [introduction(results), claims_section(results)]
+    for world in ALL_WORLDS:
+        if results.base(world) and results.best(Config(world, "diffusion-dpo", "plain")):
+            sections.append(frontier_section(results, world))
+    sections += [objectives_section(results), lambda_section(settings)]
+    write_text(output / "claims.md", "\n\n".join(section for section in sections if section) + "\n")
+    print(f"wrote {output / 'claims.md'}")
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def introduction(results: Results) -> str:
+    settings, base = results.settings, results.base(WORLD)
+    minutes = read_json(Path(settings.output, "minutes.json")) or 0.0
+    reports = (f"{settings.steps} steps of {settings.batch_size} pairs from {settings.pairs}, a constant rate after a warm-up, AdamW. "
+               f"{settings.captions} captions that no base was trained on, {settings.inference_steps} sampling steps, one noise for "
+               f"all runs; the SD1.5-shaped base scores {score(base):.3f}. Seed {SEED} chooses each configuration's rate and step; "
+               f"brackets are 95% t-intervals over {settings.seeds} further seeds at that choice, conditional on these captions. A run "
+               f"that falls {COLLAPSED} below the base ends there, and its last drawings stand for the rest. {minutes:.0f} minutes "
+               f"with {settings.workers} worker(s).")
+    status = []
+    for part, what in PARTS.items():
+        wanted = [run for stage in stages(part, settings) for run in stage(results.best_rate)]
+        done = sum(is_done(run, settings) for run in wanted if run.rate)
+        if part == "lambda":
+            wanted = [instrument_path(kind, settings) for kind in LAMBDAS]
+            done = sum(path.is_file() for path in wanted)
+        status.append([part, what, f"{done} of {len(wanted)}"])
+    return (f"# Claims on the shapes world\n\n{reports}\n\n## What was run\n\n" + table(["part", "", "runs"], status))
+
+
+def label(world: World) -> str:
+    return f"{'flow matching' if world.base == 'sd3' else 'noise prediction'}, {world.pairs}"
+
+
+def claims_section(results: Results) -> str:
+    claims = all_claims(results)
+    worlds = [world for world in ALL_WORLDS if any(claim.world == world for claim in claims)]
+    found = {(claim.text, claim.world): f"{claim.verdict}, {claim.shown}" for claim in claims}
+    rows = [[text, *(found.get((text, world), "-") for world in worlds)] for text in dict.fromkeys(claim.text for claim in claims)]
+    reasons = [[claim.text, label(claim.world), claim.verdict, claim.reason] for claim in claims]
+    return (f"## Claims\n\nOf Diffusion-DPO; \"it\" is the safeguard at mu 0.9. Winner's errors in % of the reference's, averaged over the "
+            f"training batches since the judgement before; a rise below {WINNER_TOLERANCE:g}% is none. Scores are the oracle's, in [0, 1]; "
+            f"a difference below {SCORE_TOLERANCE} does not matter. \"At least as good\" is confirmed where the interval lies above "
+            f"-{SCORE_TOLERANCE}; \"better\" where it lies above 0, and refuted where it lies below {SCORE_TOLERANCE}. Plain comes to harm where "
+            f"the run's end is below the base and below its own best; the rate is the lowest at which seed {SEED}'s was below the base. "
+            f"Room is the ratio of the largest rates whose whole run ends better than the base, interpolated in log(rate). Overhead: below "
+            f"{OVERHEAD_TOLERANCE:.0%}.\n\n" + table(["claim", *map(label, worlds)], rows)
+            + "\n\n" + table(["claim", "world", "verdict", "reason"], reasons))
+
+
+def best_row(results: Results, config: Config, share: float = 1.0) -> list[str] | None:
+    """A configuration at the (rate, step) that SEED chose: the further seeds' figures there."""
+    cell = results.best(config, share)
+    if cell is None:
+        return None
+    base = results.base(config.world)
+
+    def over(value) -> list[float]:
+        return list(results.over_seeds(config, cell, value).values())
+
+    def percent(name: str) -> str:
+        values = over(lambda point: 100 * point[name] / point["reference"] if name in point else None)
+        return interval(values).show("+.1f") if values else "-"
+
+    def mean(name: str, form: str) -> str:
+        values = over(lambda point: point.get(name))
+        return format(np.mean(values), form) if values else "-"
+
+    gains = list(results.gain(config, cell).values())
+    wins = over(lambda point: float(np.mean(np.greater(point["scores"], base["scores"]))))
+    seconds = results.points(config, cell.rate, SEED)[cell.step]["seconds"]
+    edge = "" if len(rates := results.rates(config)) < 3 or cell.rate not in (rates[0], rates[-1]) else " (edge)"
+    return [f"{cell.rate:g}{edge}", str(cell.step), f"{seconds:.0f}", f"{np.mean(over(score)):.3f}" if gains else "-",
+            interval(gains).show() if gains else "not run", f"{np.mean(wins):.0%}" if wins else "-", percent("winner"), percent("loser"),
+            mean("lambda", ".2f"), mean("cleanliness", ".3f"), mean("colour", ".2f")]
+
+
+BEST_HEADER = ["rate", "step", "s to it", "oracle", "against the base", "wins", "winner's error, %", "loser's error, %", "lambda",
+               "cleanliness", "colour"]
+
+
+def frontier_section(results: Results, world: World) -> str:
+    configs = [Config(world, "diffusion-dpo", variant) for variant in VARIANTS]
+    configs = [config for config in configs if results.best(config)]
+    images = {"quality": pictures.quality, "map": pictures.room_map, "drawings": pictures.drawings}
+    lines = []
+    for name, draw in images.items():
+        path = Path(results.settings.output, "images", f"claims_{world.name}_{name}.png")
+        draw(results, world, path)
+        lines.append(f"![{label(world)}: {name}](images/{path.name})")
+    rooms = []
+    plain = Config(world, "diffusion-dpo", "plain")
+    for config in configs:
+        largest = [results.largest_good_rate(config, seed) for seed in (SEED, *results.settings.further)]
+        cells = [score(point) > score(results.base(world)) for rate in results.rates(config)
+                 for point in results.points(config, rate, SEED).values()]
+        room = results.room(config, plain) if config != plain else None
+        rooms.append([config.variant, ", ".join(f"{found[0]:.2g}{'+' * found[1]}" for found in largest if found),
+                      room[0].show(".1f") + " or more" * room[1] if room else "-", f"{np.mean(cells):.0%}"])
+    return "\n\n".join([
+        f"## The frontier: {label(world)} pairs", "Each variant of Diffusion-DPO at its best; (edge): at an end of the grid.",
+        table(["variant", *BEST_HEADER], [[config.variant, *best_row(results, config)] for config in configs]), *lines,
+        "The room. Largest good rate by seed, from 0 on (+: it may lie beyond the grid); its ratio to plain's over the further seeds; the share "
+        f"of (rate, step) cells better than the base, seed {SEED}.",
+        table(["variant", "largest good rate", "times plain's", "better than the base"], rooms)])
+
+
+def objectives_section(results: Results) -> str:
+    """The ranking, each objective and variant at its own best of the same grid."""
+    ranked = ranking(results)
+    if len(ranked) <= len(CORE):
+        return ""
+    pictures.ranking(results, ranked, Path(results.settings.output, "images", "objectives_ranking.png"))
+    return "\n\n".join([
+        "## Objectives", f"Each at its own best of the rates {', '.join(f'{rate:g}' for rate in results.settings.middle)} and the steps up to "
+        f"{round(SHORT * results.settings.steps)}; published beta and settings, mu 0.9.",
+        table(["objective", "variant", *BEST_HEADER],
+              [[config.method, config.variant, *best_row(results, config, SHORT)] for config in ranked]),
+        "![Objectives](images/objectives_ranking.png)"])
+
+
+def ranking(results: Results) -> list[Config]:
+    """Best first; what has no further seed yet, last."""
+    configs = [Config(WORLD, method, variant) for method in ("diffusion-dpo", *OBJECTIVES) for variant in CORE]
+    configs.append(WINNERS_ONLY)
+    gains = {config: list(results.gain(config, results.best(config, SHORT)).values()) for config in configs if results.best(config, SHORT)}
+    return sorted(gains, key=lambda config: -np.mean(gains[config]) if gains[config] else np.inf)
+
+
+def lambda_section(settings: Settings) -> str:
+    rows = []
+    for kind in LAMBDAS:
+        if record := read_json(instrument_path(kind, settings)):
+            rises = np.array(record["rises"])
+            share = stats.binomtest(int((rises > 0).sum()), len(rises)).proportion_ci(method="wilson")
+            rows.append([kind, f"{np.mean(record['lambda']):.2f}", f"{np.mean(rises > 0):.2f} [{share.low:.2f}, {share.high:.2f}]",
+                         f"{rises.mean():+.1e}", f"{1000 * np.median(record['seconds']):.0f}"])
+    return "\n\n".join([
+        "## What a step does to its own winners", f"Diffusion-DPO at rate {RATE:g}: the share of {settings.instrument_steps} steps after which "
+        "the batch's own winner error, same noise and timesteps, had risen (Wilson's interval over steps).",
+        table(["lambda from", "mean lambda", "steps that raised it", "mean change", "ms a step"], rows)]) if rows else ""
