@@ -9,6 +9,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from common.errors import UserError
 from common.train_options import TrainOptions
 from data.cache import CacheOptions, cache
 from shapes.drawing import caption
@@ -26,6 +27,9 @@ NOISE_SEED = 10_000_000  # of the first caption's drawing
 
 
 def base_folder(base: str) -> Path:
+    """The base's pipeline. Raises UserError where its weights are not shipped."""
+    if base != "sd15":
+        raise UserError(f"the {base}-shaped base is not in shapes/base: leave its part out with --parts")
     return base_pipeline()
 
 
