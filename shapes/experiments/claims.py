@@ -63,11 +63,6 @@ def weigh(text: str, world: World, value: Interval, sentence: str, form: str = "
     return Claim(text, world, value.show(form), found, f"{sentence.format(value.show(form))}; {why}.")
 
 
-def differences(one: dict[int, float], other: dict[int, float]) -> Interval:
-    """Of the seeds that both have."""
-    return interval([one[seed] - other[seed] for seed in one if seed in other])
-
-
 def harmful_rate(results: Results, config: Config) -> float | None:
     """The lowest rate from the best one on whose whole run, of SEED, draws worse than the base."""
     best = results.best(config)
@@ -83,7 +78,6 @@ def claims_in(results: Results, world: World, method: str = "diffusion-dpo") -> 
     best = {name: results.best(config) for name, config in chosen.items()}
     if not (best["plain"] and best["safeguarded"]):
         return []
-    gain = {name: results.gain(config, best[name]) for name, config in chosen.items()}
     plain, safe = chosen["plain"], chosen["safeguarded"]
     rate = harmful_rate(results, plain)
     harm = results.end(rate) if rate else None
@@ -94,12 +88,12 @@ def claims_in(results: Results, world: World, method: str = "diffusion-dpo") -> 
     def at(cell: Cell | None) -> str:
         return f"At rate {cell.rate:g}, step {cell.step}," if cell else "At no rate of the grid"
 
-    harmed = results.gain(plain, harm)
+    harmed, at_best = results.gain(plain, harm), results.gain(plain, best["plain"])
     found = [
         weigh("Plain training raises the winner's error", world, rise(plain, best["plain"]),
              f"{at(best['plain'])} plain's best, it stands {{}}% above the reference's", "+.1f", above=0.0),
         weigh("Plain training comes to harm", world,
-             interval([max(value, value - gain["plain"][seed]) for seed, value in harmed.items() if seed in gain["plain"]]),
+             interval([max(value, value - at_best[seed]) for seed, value in harmed.items() if seed in at_best]),
              f"{at(harm)} it scores {{}} against the base or its own best, whichever is nearer", below=0.0),
         weigh("The safeguard holds the winner's error", world, rise(safe, best["safeguarded"]),
              f"{at(best['safeguarded'])} its best, it stands {{}}% above the reference's", "+.1f", below=WINNER_TOLERANCE),
@@ -107,9 +101,9 @@ def claims_in(results: Results, world: World, method: str = "diffusion-dpo") -> 
              f"{at(harm)} it stands {{}}% above the reference's", "+.1f", below=WINNER_TOLERANCE),
         weigh("Where plain comes to harm it is at least as good as the base", world, interval(list(results.gain(safe, harm).values())),
              f"{at(harm)} it scores {{}} against the base", above=-SCORE_TOLERANCE),
-        weigh("Its best is better than the base", world, interval(list(gain["safeguarded"].values())),
+        weigh("Its best is better than the base", world, interval(list(results.gain(safe, best["safeguarded"]).values())),
              f"{at(best['safeguarded'])} it scores {{}} against the base", above=0.0),
-        weigh("Its best is at least as good as plain's best", world, differences(gain["safeguarded"], gain["plain"]),
+        weigh("Its best is at least as good as plain's best", world, results.difference(safe, plain),
              "It scores {} against plain", above=-SCORE_TOLERANCE),
     ]
     room, censored = results.room(safe, plain) or (Interval(math.nan, math.nan, math.nan), False)
@@ -121,7 +115,7 @@ def claims_in(results: Results, world: World, method: str = "diffusion-dpo") -> 
             ("winners only", "Training on winners alone is not enough", {"above": 0.0, "refuted_below": SCORE_TOLERANCE}),
             ("winner's error added", "It is at least as good as adding the winner's error to the loss", {"above": -SCORE_TOLERANCE})):
         if best[name]:
-            found.append(weigh(text, world, differences(gain["safeguarded"], gain[name]),
+            found.append(weigh(text, world, results.difference(safe, chosen[name]),
                               f"Each at its best, the safeguard scores {{}} against {name}", **bounds))
     return found
 

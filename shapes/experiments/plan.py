@@ -1,5 +1,6 @@
 """What is run, in which order: worlds, objectives, variants, rates and seeds."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 from common.options import option
 
 PARTS = {  # the most telling first
-    "frontier": "Diffusion-DPO, plain and safeguarded, on pairs that others drew: every rate, every seed",
+    "frontier": "Diffusion-DPO, plain and safeguarded, on pairs that others drew: every rate with seed 0, the middle ones with each",
     "variants": "its rivals and controls there: every rate with seed 0, the further seeds at each one's best",
     "objectives": "the other objectives there, plain and safeguarded, with a shorter run: the ranking",
     "flow": "Diffusion-DPO, plain and safeguarded, on the flow-matching base",
@@ -20,6 +21,7 @@ SEED = 0  # chooses each configuration's best (rate, steps); the further seeds a
 JUDGED = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of a run's steps after which it draws
 SHORT = 0.4  # share of the steps that the ranking of objectives takes
 MU = 0.9
+LIKELY = 3e-5  # the rate to begin with
 
 SAFEGUARD = {"use_winner_preserving": True, "winner_preserving_mu": MU}
 WINNER_WEIGHT = {"sd15": 1250.0, "sd3": 25.0}  # a quarter of Diffusion-DPO's beta: at the start the winner is pulled twice as hard
@@ -70,8 +72,13 @@ class Settings:
 
     @property
     def middle(self) -> list[float]:
-        """The rates of the smaller grids."""
+        """The rates between the lowest and the highest."""
         return self.rates[1:-1] or self.rates
+
+    @property
+    def lower(self) -> list[float]:
+        """The grid of the objectives' short runs, without the rates at which the first steps destroy all."""
+        return self.rates[:-2] or self.rates
 
 
 class World(NamedTuple):
@@ -130,14 +137,15 @@ def stages(part: str, settings: Settings) -> list[Stage]:
     """A part's stages; what each runs follows from what those before it found."""
     if part == "frontier":
         chosen = configs(WORLD, ["diffusion-dpo"], CORE)
-        return [lambda best: grid(chosen, settings.rates, [SEED]), lambda best: grid(chosen, settings.rates, settings.further)]
+        return [lambda best: grid(chosen, settings.rates, [SEED]), lambda best: grid(chosen, settings.middle, settings.further)]
     if part == "variants":
-        return grid_then_best(configs(WORLD, ["diffusion-dpo"], [name for name in VARIANTS if name not in CORE]), settings.rates, settings)
+        others = [name for name in VARIANTS if name not in CORE]
+        return grid_then_best(configs(WORLD, ["diffusion-dpo"], others), settings.middle, settings)
     if part == "objectives":
-        return grid_then_best([*configs(WORLD, OBJECTIVES, CORE), WINNERS_ONLY], settings.middle, settings, SHORT)
+        return grid_then_best([*configs(WORLD, OBJECTIVES, CORE), WINNERS_ONLY], settings.lower, settings, SHORT)
     if part == "methods":
-        return grid_then_best(configs(WORLD, ["dmpo", "dspo"], [name for name in VARIANTS if name != "winners only"]), settings.rates,
-                              settings)
+        variants = [name for name in VARIANTS if name != "winners only"]
+        return grid_then_best(configs(WORLD, ["dmpo", "dspo"], variants), settings.middle, settings)
     if part in WORLDS:
         chosen = configs(WORLDS[part], ["diffusion-dpo"], CORE)
         return [lambda best: grid(chosen, settings.middle, [SEED]), lambda best: grid(chosen, settings.middle, settings.further)]
@@ -145,6 +153,8 @@ def stages(part: str, settings: Settings) -> list[Stage]:
 
 
 def grid(chosen: list[Config], rates: Iterable[float], seeds: Iterable[int], share: float = 1.0) -> list[Run]:
+    """The rates that are likely to be good first."""
+    rates = sorted(rates, key=lambda rate: abs(math.log(rate / LIKELY)))
     return [Run(config, rate, seed, share) for seed in seeds for rate in rates for config in chosen]
 
 

@@ -89,12 +89,13 @@ def best_row(results: Results, config: Config, share: float = 1.0) -> list[str] 
         values = over(lambda point: point.get(name))
         return format(np.mean(values), form) if values else "-"
 
-    gains = list(results.gain(config, cell).values())
+    gains = list((by_seed := results.gain(config, cell)).values())
+    one_seed = f" (seed {SEED} alone)" if list(by_seed) == [SEED] else ""
     wins = over(lambda point: float(np.mean(np.greater(point["scores"], base["scores"]))))
     seconds = results.points(config, cell.rate, SEED)[cell.step]["seconds"]
     edge = "" if len(rates := results.rates(config)) < 3 or cell.rate not in (rates[0], rates[-1]) else " (edge)"
-    return [f"{cell.rate:g}{edge}", str(cell.step), f"{seconds:.0f}", f"{np.mean(over(score)):.3f}" if gains else "-",
-            interval(gains).show() if gains else "not run", f"{np.mean(wins):.0%}" if wins else "-", percent("winner"), percent("loser"),
+    return [f"{cell.rate:g}{edge}", str(cell.step), f"{seconds:.0f}", f"{np.mean(over(score)):.3f}",
+            interval(gains).show() + one_seed, f"{np.mean(wins):.0%}", percent("winner"), percent("loser"),
             mean("lambda", ".2f"), mean("cleanliness", ".3f"), mean("colour", ".2f")]
 
 
@@ -135,7 +136,7 @@ def objectives_section(results: Results) -> str:
         return ""
     pictures.ranking(results, ranked, Path(results.settings.output, "images", "objectives_ranking.png"))
     return "\n\n".join([
-        "## Objectives", f"Each at its own best of the rates {', '.join(f'{rate:g}' for rate in results.settings.middle)} and the steps up to "
+        "## Objectives", f"Each at its own best of the rates {', '.join(f'{rate:g}' for rate in results.settings.lower)} and the steps up to "
         f"{round(SHORT * results.settings.steps)}; published beta and settings, mu 0.9.",
         table(["objective", "variant", *BEST_HEADER],
               [[config.method, config.variant, *best_row(results, config, SHORT)] for config in ranked]),
@@ -143,11 +144,11 @@ def objectives_section(results: Results) -> str:
 
 
 def ranking(results: Results) -> list[Config]:
-    """Best first; what has no further seed yet, last."""
+    """Best first."""
     configs = [Config(WORLD, method, variant) for method in ("diffusion-dpo", *OBJECTIVES) for variant in CORE]
     configs.append(WINNERS_ONLY)
     gains = {config: list(results.gain(config, results.best(config, SHORT)).values()) for config in configs if results.best(config, SHORT)}
-    return sorted(gains, key=lambda config: -np.mean(gains[config]) if gains[config] else np.inf)
+    return sorted(gains, key=lambda config: -np.mean(gains[config]))
 
 
 def lambda_section(settings: Settings) -> str:

@@ -44,7 +44,7 @@ def score(point: Point) -> float:
 
 
 class Results:
-    """The records that are there. Seeds are the further ones, unless SEED is asked for."""
+    """The records that are there."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -70,9 +70,9 @@ class Results:
         return [rate for rate in self.settings.rates if self.points(config, rate, seed)]
 
     def best(self, config: Config, share: float = 1.0) -> Cell | None:
-        """The (rate, steps) whose drawings score highest with SEED; a share below 1 takes the smaller grid, of rates too."""
+        """The (rate, steps) whose drawings score highest with SEED; a share below 1 takes the smaller grid of rates too."""
         allowed = judged_steps(self.settings, share)
-        rates = [rate for rate in self.rates(config) if share == 1.0 or rate in self.settings.middle]
+        rates = [rate for rate in self.rates(config) if share == 1.0 or rate in self.settings.lower]
         cells = {Cell(rate, step): score(point) for rate in rates
                  for step, point in self.points(config, rate, SEED).items() if step in allowed}
         return max(cells, key=cells.__getitem__) if cells else None
@@ -81,18 +81,30 @@ class Results:
         best = self.best(config, share)
         return best and best.rate
 
-    def over_seeds(self, config: Config, cell: Cell | None, value: Callable[[Point], float] = score) -> dict[int, float]:
-        """`value` of each further seed's judgement at a cell; empty where none was run, or where the objective has no such value."""
-        if cell is None:
-            return {}
-        points = {seed: self.points(config, cell.rate, seed).get(cell.step) for seed in self.settings.further}
-        found = {seed: value(point) for seed, point in points.items() if point}
-        return {seed: number for seed, number in found.items() if number is not None}
+    def over_seeds(self, config: Config, cell: Cell | None, value: Callable[[Point], float | None] = score) -> dict[int, float]:
+        """`value` of each further seed's judgement at a cell; of SEED's where none was run, {} where the objective has none."""
+        for seeds in (self.settings.further, [SEED]) if cell else ():
+            points = {seed: self.points(config, cell.rate, seed).get(cell.step) for seed in seeds}
+            found = {seed: value(point) for seed, point in points.items() if point}
+            if found := {seed: number for seed, number in found.items() if number is not None}:
+                return found
+        return {}
 
     def gain(self, config: Config, cell: Cell | None) -> dict[int, float]:
-        """Score above the base's, of each further seed."""
-        base = score(self.base(config.world))
-        return {seed: value - base for seed, value in self.over_seeds(config, cell).items()}
+        """Score above the base's, by seed."""
+        return {seed: value - score(self.base(config.world)) for seed, value in self.over_seeds(config, cell).items()}
+
+    def difference(self, one: Config, other: Config) -> Interval:
+        """Of their scores, each at its best, over the further seeds that both have; of SEED where they have none."""
+        for seeds in (self.settings.further, [SEED]):
+            found = []
+            for seed in seeds:
+                points = [self.points(config, best.rate, seed).get(best.step) for config in (one, other) if (best := self.best(config))]
+                if len(points) == 2 and all(points):
+                    found.append(score(points[0]) - score(points[1]))
+            if found:
+                return interval(found)
+        return interval([])
 
     def end(self, rate: float, share: float = 1.0) -> Cell:
         return Cell(rate, judged_steps(self.settings, share)[-1])
