@@ -28,10 +28,15 @@ def configs_with_runs(results: Results, world: World) -> list[Config]:
     return [config for config in configs if results.best(config)]
 
 
+def core_of(results: Results, world: World) -> tuple[list[Config], list[float]]:
+    """Plain and safeguarded, and the rates at which both were run with SEED."""
+    configs = [config for config in configs_with_runs(results, world) if config.variant in CORE]
+    return configs, [rate for rate in results.settings.rates if all(results.points(config, rate, SEED) for config in configs)]
+
+
 def quality(results: Results, world: World, path: Path) -> None:
     """Oracle's score over the steps, plain and safeguarded, a panel per rate: each seed's line and their mean."""
-    configs = [config for config in configs_with_runs(results, world) if config.variant in CORE]
-    rates = results.rates(configs[0])
+    configs, rates = core_of(results, world)
     figure = Figure(figsize=(2.6 * len(rates) + 0.6, 3), layout="constrained")
     panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
     base = score(results.base(world))
@@ -49,7 +54,7 @@ def quality(results: Results, world: World, path: Path) -> None:
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("oracle's score")
-    panels[0].legend(frameon=False, loc="lower left")
+    panels[-1].legend(frameon=False, loc="lower right")
     save(figure, path)
 
 
@@ -72,7 +77,7 @@ def room_map(results: Results, world: World, path: Path) -> None:
         axes.set_title(config.variant, fontsize=11)
     for axes in list(panels):
         axes.set_axis_off()
-    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="score against the base")
+    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="score against the base (cells: hundredths)")
     figure.supxlabel("optimizer step", fontsize=10)
     figure.supylabel("rate", fontsize=10)
     save(figure, path)
@@ -98,8 +103,7 @@ def ranking(results: Results, configs: list[Config], path: Path) -> None:
 
 def drawings(results: Results, world: World, path: Path, shown: int = 12) -> None:
     """The last drawings of each rate, plain above safeguarded: the same captions from the same noise, seed SEED."""
-    configs = [config for config in configs_with_runs(results, world) if config.variant in CORE]
-    rates = results.rates(configs[0])
+    configs, rates = core_of(results, world)
     figure = Figure(figsize=(0.72 * min(shown, results.settings.captions) + 2.2, 0.82 * len(rates) * len(configs)), layout="constrained")
     lines = figure.subplots(len(rates) * len(configs), 1, squeeze=False)[:, 0]
     for axes, (rate, config) in zip(lines, ((rate, config) for rate in rates for config in configs)):
