@@ -13,7 +13,7 @@ from scipy import stats
 
 from common.files import read_json
 from shapes.experiments.instruments import overhead_path
-from shapes.experiments.plan import SEED, WORLD, WORLDS, Config, Settings, World
+from shapes.experiments.plan import SEED, WORLD, WORLDS, Config, Settings, World, short
 from shapes.experiments.results import Cell, Interval, Point, Results, interval, score
 
 WINNER_TOLERANCE = 1.0  # % of the reference's error: a smaller rise is none
@@ -86,7 +86,7 @@ def claims_in(results: Results, world: World, method: str = "diffusion-dpo") -> 
         return interval(list(results.over_seeds(config, cell, winner_rise).values()))
 
     def at(cell: Cell | None) -> str:
-        return f"At rate {cell.rate:g}, step {cell.step}," if cell else "At no rate of the grid"
+        return f"At rate {short(cell.rate)}, step {cell.step}," if cell else "At no rate of the grid"
 
     harmed, at_best = results.gain(plain, harm), results.gain(plain, best["plain"])
     found = [

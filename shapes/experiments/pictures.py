@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 
 from common.files import whole_file
-from shapes.experiments.plan import CORE, SEED, SHORT, VARIANTS, Config, Run, World
+from shapes.experiments.plan import CORE, SEED, SHORT, VARIANTS, Config, Run, World, short
 from shapes.experiments.results import Results, interval, score
 from shapes.experiments.runs import judged_steps, record_path
 
@@ -50,7 +50,7 @@ def quality(results: Results, world: World, path: Path) -> None:
             axes.plot(steps, np.mean(curves, axis=0), color=COLOURS[config.variant], linewidth=2.4, marker="o", markersize=4,
                       label=config.variant)
         axes.axhline(base, color="black", linewidth=0.8, linestyle="--", label="base")
-        axes.set_title(f"rate {rate:g}")
+        axes.set_title(f"rate {short(rate)}")
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("oracle's score")
@@ -73,11 +73,11 @@ def room_map(results: Results, world: World, path: Path) -> None:
             axes.text(column, row, f"{100 * gains[row, column]:+.0f}", ha="center", va="center", fontsize=8,
                       color="white" if abs(gains[row, column]) > 0.7 * GREATEST else "black")
         axes.set_xticks(range(len(steps)), steps, fontsize=8)
-        axes.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates], fontsize=8)
+        axes.set_yticks(range(len(rates)), [short(rate) for rate in rates], fontsize=8)
         axes.set_title(config.variant, fontsize=11)
     for axes in list(panels):
         axes.set_axis_off()
-    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="score against the base (cells: hundredths)")
+    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="against the base")
     figure.supxlabel("optimizer step", fontsize=10)
     figure.supylabel("rate", fontsize=10)
     save(figure, path)
@@ -112,7 +112,7 @@ def drawings(results: Results, world: World, path: Path, shown: int = 12) -> Non
         last = images[images.files[-1]][:shown]
         axes.imshow(np.concatenate(last, axis=1), interpolation="nearest")
         axes.set_xticks([]), axes.set_yticks([])
-        axes.set_ylabel(f"{config.variant}\nrate {rate:g}\n{score(list(points.values())[-1]):.3f}", rotation=0, ha="right", va="center",
+        axes.set_ylabel(f"{config.variant}\nrate {short(rate)}\n{score(list(points.values())[-1]):.3f}", rotation=0, ha="right", va="center",
                         fontsize=8, color=COLOURS[config.variant])
         for side in axes.spines.values():
             side.set_color(COLOURS[config.variant]), side.set_linewidth(2)

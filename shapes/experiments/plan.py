@@ -81,6 +81,12 @@ class Settings:
         return self.rates[:-2] or self.rates
 
 
+def short(rate: float) -> str:
+    """1e-4 for 0.0001."""
+    digits, exponent = f"{rate:e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
 class World(NamedTuple):
     base: str  # a key of WINNER_WEIGHT
     pairs: str
@@ -121,8 +127,8 @@ class Run(NamedTuple):
     def name(self) -> str:
         """Its record's path below runs/, without the suffix."""
         variant = self.config.variant.replace(" ", "-").replace("'", "")
-        short = "" if self.share == 1.0 else "_short"
-        return f"{self.config.world.name}/{self.config.method}_{variant}_lr{self.rate:g}_seed{self.seed}{short}"
+        ending = "" if self.share == 1.0 else "_short"
+        return f"{self.config.world.name}/{self.config.method}_{variant}_lr{short(self.rate)}_seed{self.seed}{ending}"
 
 
 BestRate = Callable[[Config, float], float | None]  # the rate that SEED chose within that share of the steps

@@ -10,7 +10,7 @@ from common.files import read_json, write_text
 from shapes.experiments import pictures
 from shapes.experiments.claims import ALL_WORLDS, OVERHEAD_TOLERANCE, SCORE_TOLERANCE, WINNER_TOLERANCE, all_claims
 from shapes.experiments.instruments import LAMBDAS, RATE, instrument_path
-from shapes.experiments.plan import CORE, OBJECTIVES, PARTS, SEED, SHORT, VARIANTS, WINNERS_ONLY, WORLD, Config, Settings, World, stages
+from shapes.experiments.plan import CORE, OBJECTIVES, PARTS, SEED, SHORT, VARIANTS, WINNERS_ONLY, WORLD, Config, Settings, World, short, stages
 from shapes.experiments.results import Results, interval, score
 from shapes.experiments.runs import COLLAPSED, is_done
 
@@ -94,7 +94,7 @@ def best_row(results: Results, config: Config, share: float = 1.0) -> list[str] 
     wins = over(lambda point: float(np.mean(np.greater(point["scores"], base["scores"]))))
     seconds = results.points(config, cell.rate, SEED)[cell.step]["seconds"]
     edge = "" if len(rates := results.rates(config)) < 3 or cell.rate not in (rates[0], rates[-1]) else " (edge)"
-    return [f"{cell.rate:g}{edge}", str(cell.step), f"{seconds:.0f}", f"{np.mean(over(score)):.3f}",
+    return [f"{short(cell.rate)}{edge}", str(cell.step), f"{seconds:.0f}", f"{np.mean(over(score)):.3f}",
             interval(gains).show() + one_seed, f"{np.mean(wins):.0%}", percent("winner"), percent("loser"),
             mean("lambda", ".2f"), mean("cleanliness", ".3f"), mean("colour", ".2f")]
 
@@ -119,13 +119,13 @@ def frontier_section(results: Results, world: World) -> str:
         cells = [score(point) > score(results.base(world)) for rate in results.rates(config)
                  for point in results.points(config, rate, SEED).values()]
         room = results.room(config, plain) if config != plain else None
-        rooms.append([config.variant, ", ".join(f"{found[0]:.2g}{'+' * found[1]}" for found in largest if found),
+        rooms.append([config.variant, ", ".join(f"{short(float(f'{found[0]:.2g}'))}{'+' * found[1]}" for found in largest if found),
                       room[0].show(".1f") + " or more" * room[1] if room else "-", f"{np.mean(cells):.0%}"])
     return "\n\n".join([
         f"## The frontier: {label(world)} pairs", "Each variant of Diffusion-DPO at its best; (edge): at an end of the grid.",
         table(["variant", *BEST_HEADER], [[config.variant, *best_row(results, config)] for config in configs]), *lines,
-        "The room. Largest good rate by seed, from 0 on (+: it may lie beyond the grid); its ratio to plain's over the further seeds; the share "
-        f"of (rate, step) cells better than the base, seed {SEED}.",
+        f"In the map, seed {SEED}'s scores against the base in hundredths. The room: largest good rate by seed, from 0 on (+: it may lie beyond the rates run); its ratio to plain's over the further seeds; "
+        f"the share of (rate, step) cells better than the base, seed {SEED}.",
         table(["variant", "largest good rate", "times plain's", "better than the base"], rooms)])
 
 
@@ -136,7 +136,7 @@ def objectives_section(results: Results) -> str:
         return ""
     pictures.ranking(results, ranked, Path(results.settings.output, "images", "objectives_ranking.png"))
     return "\n\n".join([
-        "## Objectives", f"Each at its own best of the rates {', '.join(f'{rate:g}' for rate in results.settings.lower)} and the steps up to "
+        "## Objectives", f"Each at its own best of the rates {', '.join(map(short, results.settings.lower))} and the steps up to "
         f"{round(SHORT * results.settings.steps)}; published beta and settings, mu 0.9.",
         table(["objective", "variant", *BEST_HEADER],
               [[config.method, config.variant, *best_row(results, config, SHORT)] for config in ranked]),
@@ -160,6 +160,6 @@ def lambda_section(settings: Settings) -> str:
             rows.append([kind, f"{np.mean(record['lambda']):.2f}", f"{np.mean(rises > 0):.2f} [{share.low:.2f}, {share.high:.2f}]",
                          f"{rises.mean():+.1e}", f"{1000 * np.median(record['seconds']):.0f}"])
     return "\n\n".join([
-        "## What a step does to its own winners", f"Diffusion-DPO at rate {RATE:g}: the share of {settings.instrument_steps} steps after which "
+        "## What a step does to its own winners", f"Diffusion-DPO at rate {short(RATE)}: the share of {settings.instrument_steps} steps after which "
         "the batch's own winner error, same noise and timesteps, had risen (Wilson's interval over steps).",
         table(["lambda from", "mean lambda", "steps that raised it", "mean change", "ms a step"], rows)]) if rows else ""

@@ -22,7 +22,7 @@ def test_from_pairs_to_report_and_a_second_call_trains_nothing(tmp_path, monkeyp
     settings.seeds = 0
     experiment(settings)
     text = (tmp_path / "claims.md").read_text()
-    assert "| plain | 0.0001 |" in text and "| safeguarded | 0.0001 |" in text and "2 of 2" in text
+    assert "| plain | 1e-4" in text and "| safeguarded | 1e-4" in text and "2 of 2" in text
     first = json.loads(record_path(run := Run(SAFE, 1e-4, 0), settings).read_text())["points"]
     assert [point["step"] for point in first] == [1, 2, 4, 6, 8, 10] and 0 < first[-1]["lambda"] < 1
     assert first[0]["winner"] == first[0]["loser"] == 0  # before the first step policy and reference are equal

@@ -105,7 +105,7 @@ def test_the_report_of_a_part_says_what_is_missing(settings):
     write_report(settings)
     output = Path(settings.output)
     text = (output / "claims.md").read_text()
-    assert "28 of 28" in text and "| 0 of 30 |" in text and "| safeguarded | 0.0001 | 80 |" in text
+    assert "28 of 28" in text and "| 0 of 30 |" in text and "| safeguarded | 1e-4 | 80 |" in text
     for name in ("quality", "map", "drawings"):
         assert (output / "images" / f"claims_sd15_off-policy_{name}.png").stat().st_size > 5000
 
