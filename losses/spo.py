@@ -1,6 +1,7 @@
-"""Step-aware preference optimisation (SPO, arXiv:2406.04314): DDIM log-probabilities, clipped ratios, loss, pool choice.
+"""Step-aware preference optimisation (SPO, arXiv:2406.04314): log-probabilities, clipped ratios, loss, pool choice.
 
-Pure functions of tensors. A denoising step is the Gaussian N(m, s^2) of DDIM (arXiv:2010.02502, equations 12 and 16).
+Pure functions of tensors. A denoising step is a Gaussian N(m, s^2): DDIM's (arXiv:2010.02502, equations 12 and 16), or for
+flow matching a step of the SDE that has the flow's marginals (Flow-GRPO, arXiv:2505.05470).
 """
 
 import math
@@ -41,6 +42,23 @@ def ddim_gaussian(
     std = eta * variance.sqrt()
     mean = a_previous.sqrt() * x0 + (1 - a_previous - std**2).sqrt() * noise
     return mean, std, x0
+
+
+def flow_gaussian(velocity: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor, next_sigma: torch.Tensor,
+                  noise_level: float = 0.7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean m, standard deviation s of x at next_sigma given x_t at sigma, and the predicted clean latents x0-hat.
+
+    velocity, x_t: (N, ...), noise - x0 as predicted, and its input; sigma > next_sigma: (N,) in [0, 1]. One Euler-Maruyama
+    step of dx = (v + g^2 / (2 sigma) noise-hat) d sigma + g dw, g = noise_level sqrt(sigma / (1 - sigma)); from pure noise,
+    where g is infinite, with the g that next_sigma's denominator gives, as the Flow-GRPO program has it. Returns m (N, ...),
+    s (N, 1, ...), x0-hat (N, ...), float32.
+    """
+    velocity, x_t = velocity.float(), x_t.float()
+    sigma, next_sigma = (values.float().view(-1, *(1,) * (x_t.dim() - 1)) for values in (sigma, next_sigma))
+    step = sigma - next_sigma
+    g = noise_level * (sigma / (1 - torch.where(sigma < 1, sigma, next_sigma))).sqrt()
+    noise = x_t + (1 - sigma) * velocity
+    return x_t - step * (velocity + g**2 / (2 * sigma) * noise), g * step.sqrt(), x_t - sigma * velocity
 
 
 def _per_sample(alphas_cumprod: torch.Tensor, timestep: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:

@@ -51,8 +51,10 @@ class Family(Protocol):
     guidance: float
     overflows_in_fp16: bool
     ignored_options: tuple[str, ...]  # options of the model that mean nothing for this family
+    eta: float  # how much noise transition() adds unless --spo_eta says otherwise
     sequence_length: int | None  # tokens of the text that --max_sequence_length sets; None where they are fixed
     options: ModelOptions
+    index: dict  # the base's model_index.json
     vae: "nn.Module | None"
     text_encoders: "list[nn.Module]"
 
@@ -115,6 +117,18 @@ class Family(Protocol):
     def sampler(self, kind: str, steps: int, device: "torch.device", size: tuple[int, int] | None = None) -> Any:
         """A diffusers scheduler with its timesteps set; kind "default" is the pipeline's own. size: of the images in
         pixels, where the steps depend on it; None: the base's own."""
+
+    def walk(self, steps: int, size: tuple[int, int]) -> "tuple[Tensor, Tensor]":
+        """For SPO: the times of as many denoising steps, the noisiest first, and the times that they lead to, (steps,) each,
+        on the host. Raises UserError for steps that cannot all be random."""
+
+    def transition(self, prediction: "Tensor", x_t: "Tensor", times: "Tensor", next_times: "Tensor",
+                   eta: float) -> "tuple[Tensor, Tensor, Tensor]":
+        """A random denoising step's mean (N, C, h, w), its standard deviation (N, 1, 1, 1), and the clean latents that the
+        (guided) prediction amounts to, in float32; times and next_times: (N,)."""
+
+    def clean(self, prediction: "Tensor", x_t: "Tensor", times: "Tensor") -> "Tensor":
+        """The last of these alone."""
 
 
 class Known(NamedTuple):

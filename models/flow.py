@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError, warn
 from common.train_options import ModelOptions
+from losses.spo import flow_gaussian
 from models.parts import PipelineParts
 
 
@@ -31,7 +32,7 @@ class FlowFamily(PipelineParts):
     empty_prompt, empty_is_zeros, embeds_guidance = "", False, False
     overflows_in_fp16, vae_in_float32, distilled_names = True, False, ("turbo",)
     encoder_names, ignored_options = ("text_encoder",), ("embedded_guidance",)
-    timestep_sampling, sampler_starts_at_one = "uniform", True
+    timestep_sampling, sampler_starts_at_one, eta = "uniform", True, 0.7
     longer_text = "a higher --max_sequence_length reads more"
 
     def __init__(self, options: ModelOptions, index: dict):
@@ -122,6 +123,19 @@ class FlowFamily(PipelineParts):
         scheduler.set_timesteps(steps, device=device, sigmas=sigmas, mu=dynamic_shift(config, height * width // 4))
         scheduler.set_begin_index(0)
         return scheduler
+
+    # --- SPO's walk ------------------------------------------------------------------------------------------------------
+
+    def walk(self, steps: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        times = 1000 * self.sampler("default", steps, torch.device("cpu"), size).sigmas
+        return times[:-1], times[1:]
+
+    def transition(self, prediction: Tensor, x_t: Tensor, times: Tensor, next_times: Tensor,
+                   eta: float) -> tuple[Tensor, Tensor, Tensor]:
+        return flow_gaussian(prediction, x_t, times / 1000, next_times / 1000, eta)
+
+    def clean(self, prediction: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
+        return x_t.float() - (times / 1000).reshape(-1, 1, 1, 1) * prediction.float()
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:

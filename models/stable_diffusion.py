@@ -10,8 +10,8 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from diffusers import (AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline,
-                       StableDiffusionXLPipeline, UNet2DConditionModel)
+from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, SchedulerMixin,
+                       StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.resnet import ResnetBlock2D
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from common.errors import UserError, warn
-from models.family import Text
 from common.train_options import ModelOptions
+from losses.spo import clean_and_noise, ddim_gaussian
+from models.family import Text
 from models.tokens import MAX_CAPTION_CHARACTERS, tokenize
 from models.weights import from_hub
 
@@ -37,6 +38,7 @@ class StableDiffusion15:
     resolution, always_checkpoints = 512, False
     steps, guidance, embeds_guidance, empty_prompt = 50, 7.5, False, ""
     overflows_in_fp16, sequence_length = False, None
+    eta = 1.0
     ignored_options = ("timestep_sampling", "logit_mean", "logit_std", "timestep_shift", "max_sequence_length",
                        "embedded_guidance")
     images_at_once, evaluation_vae = 8, None
@@ -203,6 +205,19 @@ class StableDiffusion15:
         scheduler.set_timesteps(steps, device=device)
         return scheduler
 
+    def walk(self, steps: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """DDIM's timesteps."""
+        scheduler = ddim_scheduler(self.scheduler, steps)
+        return scheduler.timesteps, (scheduler.timesteps - scheduler.config.num_train_timesteps // steps).clamp(min=0)
+
+    def transition(self, prediction: Tensor, x_t: Tensor, times: Tensor, next_times: Tensor,
+                   eta: float) -> tuple[Tensor, Tensor, Tensor]:
+        return ddim_gaussian(prediction, x_t, times, next_times, self.scheduler.alphas_cumprod, eta,
+                             self.scheduler.config.prediction_type)
+
+    def clean(self, prediction: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
+        return clean_and_noise(prediction, x_t, times, self.scheduler.alphas_cumprod, self.scheduler.config.prediction_type)[0]
+
     @cached_property
     def _own_scheduler(self):
         """Read once: a hub would be asked for it at every batch."""
@@ -247,3 +262,21 @@ class StableDiffusionXL(StableDiffusion15):
         time_ids = torch.tensor([*size, 0, 0, *last], dtype=torch.float32).to(text["pooled"].device, non_blocking=True)
         return {"encoder_hidden_states": text["embeddings"],
                 "added_cond_kwargs": {"text_embeds": text["pooled"], "time_ids": time_ids.expand(len(text["pooled"]), -1)}}
+
+
+def ddim_scheduler(base_scheduler: SchedulerMixin, num_steps: int) -> DDIMScheduler:
+    """DDIM with the base pipeline's noise schedule and `num_steps` denoising steps. Raises UserError for more of them
+    than the schedule has room for, its steps_offset moving all of them up, and for timesteps that end at 0."""
+    scheduler = DDIMScheduler.from_config(base_scheduler.config)
+    trained = scheduler.config.num_train_timesteps
+    if num_steps <= trained:
+        scheduler.set_timesteps(num_steps)
+    if num_steps > trained or int(scheduler.timesteps.max()) >= trained:
+        raise UserError(f"--spo_num_steps {num_steps} is too many for the base pipeline's scheduler, whose {trained} "
+                        f"timesteps begin at {scheduler.config.steps_offset}: at most "
+                        f"{trained - scheduler.config.steps_offset} fit, and the published setting is 20")
+    if int(scheduler.timesteps.min()) == 0:
+        raise UserError("the base pipeline's timesteps end at 0 (steps_offset 0, or timestep_spacing linspace): SPO's last step "
+                        "would add no noise, and so have no probability; SD1.5's and SDXL's scheduler_config.json have "
+                        "steps_offset 1 and no linspace")
+    return scheduler

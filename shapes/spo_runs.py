@@ -18,7 +18,6 @@ from transformers import CLIPConfig, CLIPModel
 from common.files import write_json, write_text
 from common.locks import release
 from data.cache import CacheOptions, cache
-from losses.spo import ddim_gaussian
 from models.family import Family
 from models.guidance import guided, select
 from shapes.mixture import sample_drawing
@@ -32,7 +31,7 @@ from shapes.spo_options import Settings
 from spo.options import SPOOptions
 from spo.preference_model.options import parse_spm_options
 from spo.preference_model.train import train as train_preference_model
-from spo.resampler import Pairs, previous_timestep
+from spo.resampler import Pairs
 from spo.sampling import Judge
 from spo.task import Batch, SPOTask, make_task
 from training.fit import StepLoss
@@ -152,12 +151,10 @@ class MeasuredSPO(SPOTask):
         """Winner and loser share x_t. The gradients of -log p with respect to the shared prediction are proportional to the
         residuals m - x_w and m - x_l, so that a pair's lambda is (1 - mu) |r_w|^2 / <r_w, r_l>, where that is positive,
         clamped to [0, 1]."""
-        scheduler, spo, round_ = self.sampler.scheduler, self.spo, self.round
-        times, x_t = scheduler.timesteps[pairs.step], pairs.x_t[:, 0]
-        prediction = guided(self.family, self.trained, x_t, times, select(round_.text, pairs.prompt), round_.empty,
-                            self.sampler.size, spo.spo_guidance)
-        mean, _, _ = ddim_gaussian(prediction, x_t, times, previous_timestep(scheduler, times), scheduler.alphas_cumprod,
-                                   spo.spo_eta, scheduler.config.prediction_type)
+        sampler, round_, x_t = self.sampler, self.round, pairs.x_t[:, 0]
+        prediction = guided(self.family, self.trained, x_t, sampler.times[pairs.step], select(round_.text, pairs.prompt),
+                            round_.empty, sampler.size, sampler.guidance)
+        mean, _, _ = sampler.transition(prediction, x_t, pairs.step)
         winner, loser = ((mean - pairs.x_next[:, i]).flatten(1) for i in (0, 1))
         inner = (winner * loser).sum(1)
         scale = torch.where(inner > 0, (1 - mu) * winner.square().sum(1) / inner, 1.0).clamp(0, 1)

@@ -8,16 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin
 
-from losses.spo import choose_pairs, ddim_gaussian
 from data.draws import seeded_generator
-from common.errors import UserError
+from losses.spo import choose_pairs
 
-# predict(latents (N, C, h, w), timestep, prompts (N,)) -> the guided prediction (N, C, h, w);
-# score(clean latents (N, C, h, w), timestep, prompts (N,)) -> (N,). `prompts` are positions in the batch of prompts.
-Predict = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
-Score = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+# predict(latents (N, C, h, w), time, prompts (N,)) -> the guided prediction (N, C, h, w);
+# score(clean latents (N, C, h, w), time, prompts (N,)) -> (N,). `prompts` are positions in the batch of prompts, a time is
+# the family's own, an int or a float.
+# transition(prediction (N, C, h, w), latents, steps (N,)) -> mean, standard deviation (N, 1, 1, 1), clean latents
+Predict = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
+Score = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
+Transition = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,6 @@ class ResamplerConfig:
     steps on its own before the comparison, and every transition becomes a pair (SDXL: 3)."""
 
     num_steps: int = 20
-    eta: float = 1.0
     divert_start_step: int = 4
     pool_size: int = 4
     num_inner_step: int = 0
@@ -83,36 +83,13 @@ def prompt_generator(seed: int, epoch: int, prompt_index: int) -> torch.Generato
     return seeded_generator(seed, 4, epoch, prompt_index)
 
 
-def ddim_scheduler(base_scheduler: SchedulerMixin, num_steps: int) -> DDIMScheduler:
-    """DDIM with the base pipeline's noise schedule and `num_steps` denoising steps. Raises UserError for more of them
-    than the schedule has room for, its steps_offset moving all of them up, and for timesteps that end at 0."""
-    scheduler = DDIMScheduler.from_config(base_scheduler.config)
-    trained = scheduler.config.num_train_timesteps
-    if num_steps <= trained:
-        scheduler.set_timesteps(num_steps)
-    if num_steps > trained or int(scheduler.timesteps.max()) >= trained:
-        raise UserError(f"--spo_num_steps {num_steps} is too many for the base pipeline's scheduler, whose {trained} "
-                        f"timesteps begin at {scheduler.config.steps_offset}: at most "
-                        f"{trained - scheduler.config.steps_offset} fit, and the published setting is 20")
-    if int(scheduler.timesteps.min()) == 0:
-        raise UserError("the base pipeline's timesteps end at 0 (steps_offset 0, or timestep_spacing linspace): SPO's last step "
-                        "would add no noise, and so have no probability; SD1.5's and SDXL's scheduler_config.json have "
-                        "steps_offset 1 and no linspace")
-    return scheduler
-
-
-def previous_timestep(scheduler: DDIMScheduler, timestep):
-    """The timestep after `timestep` in denoising order; negative after the last one."""
-    return timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-
-
 @torch.no_grad()
-def resample(predict: Predict, score: Score, scheduler: DDIMScheduler, config: ResamplerConfig,
+def resample(predict: Predict, score: Score, transition: Transition, times: torch.Tensor, config: ResamplerConfig,
              generators: list[torch.Generator], shape: tuple[int, int, int], device: torch.device,
              ) -> tuple[Pairs, list[Comparison]]:
     """Denoise one trajectory a prompt and collect the pairs on the way.
 
-    generators: one a prompt (b of them), see prompt_generator; shape: a latent's (C, h, w). Returns the kept pairs,
+    times: (num_steps,); generators: one a prompt (b of them), see prompt_generator; shape: a latent's (C, h, w). Returns the kept pairs,
     steps in order, and every comparison made. The predictor runs once a step, on pool_size * b latents after the start.
     """
     b, last = len(generators), config.num_steps - 1
@@ -121,15 +98,13 @@ def resample(predict: Predict, score: Score, scheduler: DDIMScheduler, config: R
     def draw(width: int) -> torch.Tensor:  # (width, b, C, h, w)
         return torch.stack([torch.randn((width, *shape), generator=g) for g in generators], dim=1).to(device)
 
-    x = draw(1) * scheduler.init_noise_sigma  # (width, b, C, h, w): width is 1, or pool_size while branches are open
+    x = draw(1)  # (width, b, C, h, w): width is 1, or pool_size while branches are open
     transitions, parts, comparisons = [], [], []  # transitions: (step, x_t, x_next) since the pool was drawn
-    for step, t in enumerate(scheduler.timesteps.tolist()):
+    for step, t in enumerate(times.tolist()):
         width = len(x)
         flat = x.flatten(0, 1)
         prediction = predict(flat, t, every_prompt.repeat(width))
-        times = torch.full((len(flat),), t, device=device)
-        mean, std, x0 = ddim_gaussian(prediction, flat, times, previous_timestep(scheduler, times),
-                                      scheduler.alphas_cumprod, config.eta, scheduler.config.prediction_type)
+        mean, std, x0 = transition(prediction, flat, torch.full((len(flat),), step, device=device))
         mean, std = mean.unflatten(0, (width, b)), std.flatten()[0]
 
         # With inner steps the last timestep always belongs to the open segment (the official SDXL program).

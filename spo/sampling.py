@@ -21,7 +21,7 @@ from models.tokens import tokenize
 from prompts import read_group
 from spo.options import SPOOptions
 from spo.preference_model.model import StepAwarePreferenceModel, load_spm, load_spm_tokenizer, resize_then_clamp
-from spo.resampler import Comparison, Pairs, ResamplerConfig, ddim_scheduler, prompt_generator, resample
+from spo.resampler import Comparison, Pairs, ResamplerConfig, prompt_generator, resample
 from training.run import Run
 
 
@@ -93,11 +93,17 @@ class Sampler:
         """network: of the policy, as it is while it learns."""
         spo, resolution = run.options.more[0], run.options.data.resolution
         self.run, self.family, self.network, self.judge, self.prompts = run, family, network, judge, prompts
-        self.config = ResamplerConfig(spo.spo_num_steps, spo.spo_eta, spo.spo_divert_start_step, spo.spo_k,
-                                      spo.spo_num_inner_step, spo.spo_threshold)
-        self.scheduler = ddim_scheduler(family.scheduler, spo.spo_num_steps)
+        self.config = ResamplerConfig(spo.spo_num_steps, spo.spo_divert_start_step, spo.spo_k, spo.spo_num_inner_step,
+                                      spo.spo_threshold)
         self.size, self.guidance = (resolution, resolution), spo.spo_guidance
+        self.eta = family.eta if spo.spo_eta is None else spo.spo_eta
+        self.times, self.next_times = family.walk(spo.spo_num_steps, self.size)
         self.prompts_per_round = run.accelerator.num_processes * spo.spo_sample_batch_size
+
+    def transition(self, prediction: Tensor, x_t: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The family's, of denoising steps by number (N,)."""
+        times, next_times = (values.to(steps.device)[steps] for values in (self.times, self.next_times))
+        return self.family.transition(prediction, x_t, times, next_times, self.eta)
 
     def __call__(self, progress: Progress) -> Round:
         run, accelerator = self.run, self.run.accelerator
@@ -131,18 +137,18 @@ class Sampler:
         text_features = judge.spm.text_features(input_ids)
         own = torch.from_numpy(own).to(device)
 
-        def predict(latents: Tensor, t: int, rows: Tensor) -> Tensor:
+        def predict(latents: Tensor, t: float, rows: Tensor) -> Tensor:
             times = torch.full((len(latents),), t, device=device)
             with accelerator.autocast():
                 return guided(self.family, self.network, latents, times, select(text, own[rows]), empty, self.size,
                               self.guidance)
 
-        def score(latents: Tensor, t: int, rows: Tensor) -> Tensor:
+        def score(latents: Tensor, t: float, rows: Tensor) -> Tensor:
             times = torch.full((len(latents),), t, device=device)
             pixels = resize_then_clamp(self.family.decode(latents), judge.spm.image_size)
             return judge.spm.score(pixels, times, text_features[rows])
 
-        pairs, comparisons = resample(predict, score, self.scheduler, self.config, generators, shape, device)
+        pairs, comparisons = resample(predict, score, self.transition, self.times, self.config, generators, shape, device)
         pairs.prompt = own[pairs.prompt]
         return pairs, comparisons
 

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from losses.spo import clipped_ratio, ddim_gaussian, gaussian_log_prob, spo_loss
+from losses.spo import clipped_ratio, gaussian_log_prob, spo_loss
 from models.family import Family
 from models.guidance import guided, select
 from models.policy import Policy, load_policy
-from spo.preference_model.model import check_base
-from spo.resampler import Pairs, ddim_scheduler, previous_timestep
+from spo.resampler import Pairs
 from spo.sampling import Judge, Progress, Round, Sampler, load_judge, load_prompts
 from training.fit import StepLoss
 from training.guards import count_in
@@ -139,15 +138,13 @@ class SPOTask:
 
         Where winner and loser share x_t, they share the prediction too.
         """
-        scheduler, spo, size = self.sampler.scheduler, self.spo, self.sampler.size
-        members = pairs.x_t.shape[1]
-        x_t, rows = pairs.x_t.flatten(0, 1), pairs.prompt.repeat_interleave(members)
-        times = scheduler.timesteps.to(rows.device)[pairs.step].repeat_interleave(members)
+        sampler, members = self.sampler, pairs.x_t.shape[1]
+        x_t, rows, steps = pairs.x_t.flatten(0, 1), *(of.repeat_interleave(members) for of in (pairs.prompt, pairs.step))
+        times = sampler.times.to(rows.device)[steps]
         with self.run.accelerator.autocast():
-            prediction = guided(self.family, network, x_t, times, select(self.round.text, rows), self.round.empty, size,
-                                spo.spo_guidance)
-        mean, std, _ = ddim_gaussian(prediction, x_t, times, previous_timestep(scheduler, times), scheduler.alphas_cumprod,
-                                     spo.spo_eta, scheduler.config.prediction_type)
+            prediction = guided(self.family, network, x_t, times, select(self.round.text, rows), self.round.empty,
+                                sampler.size, sampler.guidance)
+        mean, std, _ = sampler.transition(prediction, x_t, steps)
         mean, std = (tensor.unflatten(0, (len(pairs), members)) for tensor in (mean, std))
         winners, losers = (gaussian_log_prob(pairs.x_next[:, i], mean[:, i % members], std[:, 0]) for i in (0, 1))
         return winners, losers
@@ -168,7 +165,7 @@ class SPOTask:
     def samples(self, logs: dict[str, float]) -> list[dict]:
         """Pairs of the micro-batches whose loss is not finite; all of them, if every process's loss is finite and the
         gradient is not."""
-        timesteps = self.sampler.scheduler.timesteps.tolist()
+        timesteps = self.sampler.times.tolist()
         gradient = math.isfinite(logs["train_loss"])
         return [{"prompt": self.round.prompts[row], "timestep": timesteps[step], "loss": str(float(loss))}
                 for pairs, loss in self.results if gradient or not loss.isfinite()
@@ -203,7 +200,7 @@ class SPOTask:
                        else "whole network, float32 weights"),
             "reference": "policy without adapter" if self.policy.lora else "frozen copy",
             "precision": f"{options.memory.mixed_precision}, log-probabilities in float32",
-            "sampling": f"{spo.spo_num_steps} DDIM steps, eta {spo.spo_eta:g}, guidance {spo.spo_guidance:g}; pools of "
+            "sampling": f"{spo.spo_num_steps} random steps, eta {self.sampler.eta:g}, guidance {spo.spo_guidance:g}; pools of "
                         f"{spo.spo_k} from step {spo.spo_divert_start_step}{inner}, threshold {spo.spo_threshold:g}",
             "judge": str(spo.spm_checkpoint or spo.spm_clip),
             "prompts": f"{prompts}, {per_round} per round, {math.ceil(prompts / per_round)} rounds per epoch",
@@ -219,12 +216,11 @@ class SPOTask:
 def make_task(run: Run, family: Family, kind: type[SPOTask] = SPOTask) -> SPOTask:
     """Prompts first, before any large model is read; then the judge, encoders, policy and reference. kind: a variant of the
     task, for experiments. Raises UserError."""
-    options = run.options
-    check_base(family)
-    ddim_scheduler(family.scheduler, options.more[0].spo_num_steps)  # refuses what the base has no room for
+    options, spo = run.options, run.options.more[0]
+    family.walk(spo.spo_num_steps, (options.data.resolution,) * 2)  # refuses what the base has no room for
     with run.accelerator.main_process_first():
         prompts = load_prompts(options)
-    judge = load_judge(options.more[0], options.model.cache_dir, run.device)
+    judge = load_judge(spo, options.model.cache_dir, run.device)
     family.load_encoders(run.dtype, run.device)
     policy = load_policy(family, options.memory, run.dtype, run.device, needs_reference=True,
                          resolution=options.data.resolution)

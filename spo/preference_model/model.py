@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoTokenizer, CLIPModel
 
 from common.errors import UserError
-from models.family import Family
 from models.weights import from_hub, load_strictly, read_state_dict
 
 EVALUATION_TIMESTEPS = (0, 251, 501, 701, 951)
@@ -145,13 +144,6 @@ def load_spm(clip_path: str | os.PathLike, checkpoint: str | os.PathLike | None 
 def load_spm_tokenizer(name: str | os.PathLike, cache_dir: str | None = None):
     """PickScore's tokenizer (any CLIP tokenizer's folder or hub id)."""
     return from_hub(AutoTokenizer, name, "the step-aware preference model's tokenizer", cache_dir=cache_dir)
-
-
-def check_base(family: Family) -> None:
-    """Both SPO and its preference model restore images along a base's noise schedule. Raises UserError for one without."""
-    if not hasattr(family.scheduler, "alphas_cumprod"):
-        raise UserError(f"SPO and its preference model need a base with a noise schedule, as SD1.5 and SDXL have; {family.label} "
-                        "has none")
 
 
 def _without_buffers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

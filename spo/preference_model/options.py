@@ -50,7 +50,8 @@ class SPMOptions:
 
 SPM_GROUPS = [ModelOptions, SPMMemoryOptions, DataOptions, ObjectiveOptions, SPMOptimizerOptions, SPMRunOptions]
 NAMES = {  # of train.py's options, those that are read here
-    "pretrained_model_name_or_path", "revision", "pretrained_vae_model_name_or_path", "sdxl", "cache_dir",
+    "pretrained_model_name_or_path", "revision", "pretrained_vae_model_name_or_path", "sdxl", "cache_dir", "max_sequence_length",
+    "timestep_sampling", "logit_mean", "logit_std", "timestep_shift",
     "mixed_precision", "allow_tf32", "gradient_checkpointing",
     "dataset_name", "dataset_config_name", "train_data_dir", "split", "dataset_shards", "caption_column", "winner_column",
     "loser_column", "label_column", "resolution",

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from losses.spo import clean_and_noise
 from models.family import Family
 from models.guidance import encode_with_empty, guided, select
 from models.tokens import tokenize
@@ -35,14 +34,10 @@ class Restorer:
         self.own, resolution = run.options.more[0], run.options.data.resolution
         self.size = (resolution, resolution)
 
-    def timesteps(self, uniform: Tensor) -> Tensor:
-        """U{0..T-1} (B,) of uniforms in [0, 1)."""
-        return (uniform * self.family.scheduler.config.num_train_timesteps).long()
-
     @torch.no_grad()
     def images(self, batch: dict, timestep: Tensor) -> Tensor:
         """(2B, 3, H, W) around [-1, 1], images 0 first: noised to timestep (B,) with the pair's one noise, x0-hat decoded."""
-        family, scheduler = self.family, self.family.scheduler
+        family = self.family
         text, empty = encode_with_empty(family, batch["caption"], timestep.device)
         latents = family.latents(family.encode_images(winners_first(batch["pixel_values"])), winners_first(batch["vae_noise"]))
         timestep = timestep.repeat(2)
@@ -50,8 +45,7 @@ class Restorer:
         rows = torch.arange(len(batch["caption"]), device=timestep.device).repeat(2)
         with self.run.accelerator.autocast():
             prediction = guided(family, self.network, noisy, timestep, select(text, rows), empty, self.size, self.own.guidance)
-        clean, _ = clean_and_noise(prediction, noisy, timestep, scheduler.alphas_cumprod, scheduler.config.prediction_type)
-        return family.decode(clean)
+        return family.decode(family.clean(prediction, noisy, timestep))
 
     @torch.no_grad()
     def labels(self, batch: dict) -> Tensor:

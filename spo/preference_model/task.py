@@ -13,8 +13,8 @@ from models.family import Family
 from models.networks import load_network
 from models.policy import cast_compute_weights
 from spo.preference_model.data import LabelledPairs, load_pairs
-from spo.preference_model.model import (EVALUATION_TIMESTEPS, StepAwarePreferenceModel, check_base, clamp_resize_clamp,
-                                        load_spm, load_spm_tokenizer)
+from spo.preference_model.model import (EVALUATION_TIMESTEPS, StepAwarePreferenceModel, clamp_resize_clamp, load_spm,
+                                        load_spm_tokenizer)
 from spo.preference_model.restore import Restorer, accuracies, agreement
 from training.fit import StepLoss
 from training.run import Run
@@ -51,7 +51,7 @@ class SPMTask(StoredPairs):
     def loss(self, model: nn.Module, batch: dict) -> StepLoss:
         """Each pair weighs one over the number of its prompt's pairs, among those of all processes."""
         accelerator, restorer = self.run.accelerator, self.restorer
-        timestep = restorer.timesteps(batch["timestep"])
+        timestep = restorer.family.times(batch["timestep"])
         pixels = clamp_resize_clamp(restorer.images(batch, timestep), self.trained.image_size)
         labels = restorer.labels(batch)
         scores = model(pixels, timestep.repeat(2), restorer.input_ids(batch)).unflatten(0, (2, -1))
@@ -115,7 +115,6 @@ def make_task(run: Run, family: Family) -> SPMTask:
     UserError."""
     options, own = run.options, run.options.more[0]
     data, cache_dir = options.data, options.model.cache_dir
-    check_base(family)
     tokenizer = load_spm_tokenizer(own.spm_tokenizer, cache_dir)
     with run.accelerator.main_process_first():
         pairs, validation = load_pairs(data, own.validation_split, family.latent_shape(data.resolution, data.resolution),

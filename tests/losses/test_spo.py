@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
-from losses.spo import choose_pairs, clipped_ratio, ddim_gaussian, gaussian_log_prob, spo_loss
+from losses.spo import choose_pairs, clipped_ratio, ddim_gaussian, flow_gaussian, gaussian_log_prob, spo_loss
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +79,36 @@ def test_unknown_prediction_type_is_refused(scheduler):
     x = torch.zeros(1, 4, 8, 8)
     with pytest.raises(ValueError, match="prediction_type"):
         ddim_gaussian(x, x, torch.tensor([1]), torch.tensor([0]), scheduler.alphas_cumprod, prediction_type="sample")
+
+
+# --- flow matching -------------------------------------------------------------------------------------------------------
+
+def test_a_flow_step_by_hand():
+    """g^2 = 0.49 * 0.8 / 0.2 = 1.96, noise-hat 1 + 0.2 * 0.5 = 1.1, drift 0.5 + 1.96 / 1.6 * 1.1 = 1.8475; from pure noise
+    g^2 = 0.49 / 0.1 = 4.9, with the next step's denominator, and drift 0.5 + 4.9 / 2."""
+    mean, std, x0 = flow_gaussian(torch.full((2, 1), 0.5), torch.ones(2, 1), torch.tensor([0.8, 1.0]), torch.tensor([0.6, 0.9]))
+    torch.testing.assert_close(mean.flatten(), torch.tensor([1 - 0.2 * 1.8475, 1 - 0.1 * 2.95]))
+    torch.testing.assert_close(std.flatten(), torch.tensor([1.4 * 0.2**0.5, 0.7]))
+    torch.testing.assert_close(x0.flatten(), torch.tensor([0.6, 0.5]))
+
+
+def test_without_noise_a_flow_step_is_the_schedulers():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(8)
+    x_t, velocity = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t, sigma, next_sigma in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:]):
+        mean, std, _ = flow_gaussian(velocity, x_t, sigma[None], next_sigma[None], noise_level=0)
+        torch.testing.assert_close(mean, scheduler.step(velocity, t, x_t).prev_sample)
+        assert std == 0
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
+def test_the_random_flow_ends_in_the_datas_distribution(spread):
+    """Of Gaussian data the velocity is linear in x_t, and every step's variance follows from the one before."""
+    sigmas = torch.linspace(1, 0, 2001, dtype=torch.float64)
+    variance, one = 1.0, torch.ones(1, 1)
+    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+        velocity = (sigma - (1 - sigma) * spread**2) / ((1 - sigma) ** 2 * spread**2 + sigma**2)
+        mean, std, _ = flow_gaussian(velocity * one, one, sigma[None], next_sigma[None])
+        variance = float(mean) ** 2 * variance + float(std) ** 2
+    assert variance == pytest.approx(spread**2, rel=0.01)

@@ -136,6 +136,24 @@ def test_images_are_those_of_the_pipelines_own_call(kind, bases):
     assert grey_levels_apart(ours[:1], ours[1:]) > 10, "the images do depend on prompt and noise"
 
 
+@pytest.mark.parametrize("kind", FAMILY_NAMES)
+def test_spos_walk_goes_from_noise_to_the_image_and_its_steps_are_random(kind, bases):
+    """The right prediction amounts to the clean latents at every step, and without noise leads on to the next one's."""
+    family = open_family(ModelOptions(str(bases[kind]), max_sequence_length=WORDS.get(kind)))
+    times, next_times = family.walk(8, (SIDE.get(kind, 32),) * 2)
+    assert len(times) == 8 and (times > next_times).all() and next_times[-1] == 0
+    if family.flow:
+        assert torch.equal(times[1:], next_times[:-1]) and times[0] > 900
+    latents, noise = torch.randn(2, 8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    x_t, prediction = family.noise(latents, noise, times)
+    mean, std, clean = family.transition(prediction, x_t, times, next_times, family.eta)
+    assert std.shape == (8, 1, 1, 1) and (std > 0).all()
+    assert torch.equal(clean, family.clean(prediction, x_t, times))
+    torch.testing.assert_close(clean, latents, rtol=1e-3, atol=1e-3)
+    mean, _, _ = family.transition(prediction, x_t, times, next_times, 0.0)
+    torch.testing.assert_close(mean, family.noise(latents, noise, next_times)[0], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("flags", [WHOLE, LORA, ("--mixed_precision", "bf16", *WHOLE[2:]), ("--mixed_precision", "bf16", *LORA[2:])],
                          ids=["whole", "lora", "whole-bf16", "lora-bf16"])
 @pytest.mark.parametrize("kind", FAMILY_NAMES)

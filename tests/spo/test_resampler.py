@@ -7,9 +7,10 @@ import torch
 from diffusers import DDIMScheduler
 from scipy.stats import chisquare
 
-from losses.spo import choose_pairs
 from common.errors import UserError
-from spo.resampler import ResamplerConfig, ddim_scheduler, prompt_generator, resample
+from losses.spo import choose_pairs, ddim_gaussian
+from models.stable_diffusion import ddim_scheduler
+from spo.resampler import ResamplerConfig, prompt_generator, resample
 
 SHAPE = (4, 4, 4)
 CPU = torch.device("cpu")
@@ -21,6 +22,14 @@ def scheduler(num_steps: int = 20) -> DDIMScheduler:
     base = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
                          set_alpha_to_one=False, clip_sample=False)
     return ddim_scheduler(base, num_steps)
+
+
+def ddim(steps: DDIMScheduler):
+    """resample()'s transition."""
+    def transition(prediction, x_t, step):
+        times = steps.timesteps[step]
+        return ddim_gaussian(prediction, x_t, times, times - 1000 // steps.num_inference_steps, steps.alphas_cumprod)
+    return transition
 
 
 class Recorder:
@@ -41,7 +50,8 @@ class Recorder:
 def run(config, prompts=range(3), seed=0, epoch=0):
     recorder = Recorder()
     generators = [prompt_generator(seed, epoch, index) for index in prompts]
-    pairs, comparisons = resample(recorder.predict, recorder.score, scheduler(config.num_steps), config, generators,
+    steps = scheduler(config.num_steps)
+    pairs, comparisons = resample(recorder.predict, recorder.score, ddim(steps), steps.timesteps, config, generators,
                                   SHAPE, CPU)
     return pairs, comparisons, recorder
 
@@ -130,8 +140,8 @@ def test_a_prompt_draws_the_same_in_every_batch():
         together, _, _ = run(config, prompts=[7, 2])
         for position, prompt in enumerate([7, 2]):
             recorder = Recorder()
-            alone, _ = resample(lambda x, t, p: recorder.predict(x, t, p + position), recorder.score, scheduler(),
-                                config, [prompt_generator(0, 0, prompt)], SHAPE, CPU)
+            alone, _ = resample(lambda x, t, p: recorder.predict(x, t, p + position), recorder.score, ddim(scheduler()),
+                                scheduler().timesteps, config, [prompt_generator(0, 0, prompt)], SHAPE, CPU)
             same = together[together.prompt == position]
             assert torch.equal(same.step, alone.step)
             torch.testing.assert_close(same.x_t, alone.x_t)

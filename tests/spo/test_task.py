@@ -103,14 +103,14 @@ class FakeTask(SPOTask):
         network = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.ones_(network.weight)
         super().__init__(run, family, Policy(network, copy.deepcopy(network), lora=False), None, PROMPTS)
-        scheduler, rounds = self.sampler.scheduler, iter(rounds)
+        times, rounds = self.sampler.times, iter(rounds)
 
         def deal(progress):
             pairs = numbered_pairs(next(rounds))
             progress.prompts, progress.learned = progress.prompts + 2, progress.learned + len(pairs)
             return Round(PROMPTS[:4], {}, {}, pairs, {"spo/pairs": len(pairs)})
 
-        deal.prompts, deal.scheduler = PROMPTS, scheduler
+        deal.prompts, deal.times = PROMPTS, times
         self.sampler = deal
 
     def summary(self):
@@ -176,7 +176,7 @@ def test_steps_without_a_finite_loss_name_prompts_and_timesteps_and_leave_a_cut_
         fit(task, run)
     lines = [json.loads(line) for line in (run.output_dir / "nonfinite.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
-    timesteps = task.sampler.scheduler.timesteps.tolist()
+    timesteps = task.sampler.times.tolist()
     assert [(pair["prompt"], pair["timestep"]) for pair in lines[1]["pairs"]] == [(PROMPTS[0], timesteps[i]) for i in range(4)]
     record = read_progress(run.output_dir / "checkpoint-0")["record"]
     assert record["cut"] and record["skipped_steps"] == 0
@@ -213,7 +213,7 @@ def the_score(sampler, chosen=(1, 4)):
     """The scoring program that a sampler hands to the resampler."""
     handed = []
 
-    def resample(predict, score, scheduler, config, generators, shape, device):
+    def resample(predict, score, transition, times, config, generators, shape, device):
         handed.append(score)
         return Pairs.none(shape, config, device), []
 

@@ -1,6 +1,5 @@
 """The step-aware preference model: identity at birth, conditioned afterwards, official checkpoints."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from common.errors import UserError
 from spo.preference_model.model import (EVALUATION_TIMESTEPS, PIXEL_MEAN, PIXEL_STD, StepAwarePreferenceModel,
-                                        check_base, clamp_resize_clamp, load_spm, resize_then_clamp)
+                                        clamp_resize_clamp, load_spm, resize_then_clamp)
 
 TIMESTEPS = (*EVALUATION_TIMESTEPS, 1, 50, 999)
 
@@ -134,8 +133,3 @@ def test_checkpoint_that_would_run_code_is_refused(tmp_path, clip_folder):
 def test_missing_checkpoint_is_told(tmp_path, clip_folder):
     with pytest.raises(UserError, match="nowhere.bin"):
         load_spm(clip_folder, tmp_path / "nowhere.bin")
-
-
-def test_a_base_without_a_noise_schedule_is_refused():
-    with pytest.raises(UserError, match="as SD1.5 and SDXL have; SD3.5 has none"):
-        check_base(SimpleNamespace(label="SD3.5", scheduler=object()))
