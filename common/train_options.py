@@ -36,7 +36,7 @@ class ModelOptions:
                                      default_text="on; off for flow matching, whose networks are large")
     no_merged_result: bool = option(False, "leave LoRA's adapter alone: the same as --merge_lora false", free=True)
     max_sequence_length: int | None = option(
-        None, "tokens of a caption that flow-matching bases read", at_least=16,
+        None, "tokens of a caption that flow-matching bases read", at_least=1,
         default_text="SD3 256, others 512; SD1.5 and SDXL read 77, always")
     timestep_sampling: Literal["uniform", "logit_normal"] | None = option(
         None, "how sigma is drawn for flow matching, before the shift; SD1.5 and SDXL draw from all timesteps alike",

@@ -1,13 +1,26 @@
 #!/usr/bin/env bash
-# Rebuild the base model of the shapes world from nothing into shapes/base (under 2 hours on 2 cores).
+# Rebuild a base model of the shapes world from nothing into shapes/base (under 2 hours on 2 cores).
 #     bash scripts/build_base.sh
-# What an earlier call finished is kept; output/base is the build's folder, its log output/base/build.log.
+#     bash scripts/build_base.sh sd3    # the SD3-shaped one, into shapes/base_sd3 (an hour of one core), on the other's VAE
+# What an earlier call finished is kept; output/base and output/base_sd3 are the builds' folders, with their logs, build.log.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$ROOT"
 need_packages
-output=output/base
+kind="${1:-sd15}"
+case "$kind" in
+  sd15) output=output/base ;;
+  sd3) output=output/base_sd3 ;;
+  *) echo "usage: bash scripts/build_base.sh [sd15|sd3]" >&2; exit 2 ;;
+esac
 mkdir -p "$output"
+
+if [ "$kind" = sd3 ]; then
+  for step in prepare train ship judge; do
+    run "$PYTHON" -m shapes.base "$step" --kind sd3 --output "$output"
+  done 2>&1 | tee "$output/build.log"
+  exit
+fi
 
 train() { # the UNet, on the mixture of good and poor drawings
   run "$PYTHON" -m accelerate.commands.launch --config_file configs/accelerate/cpu.yaml train.py --train_method sft \

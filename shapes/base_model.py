@@ -20,8 +20,7 @@ from shapes.mixture import RESOLUTION, sample_drawing, write_training_pairs
 from shapes.drawing import (COLOURS, FLAW_NAMES, KINDS, POSITIONS, SIZES, Flaws, caption, random_drawing, random_flaws,
                             render)
 from shapes.oracle import judge
-from shapes.pipeline import (GUIDANCE_SCALE, SHIPPED, assemble, base_pipeline, clip_tokenizer, draw_images,
-                             text_config)
+from shapes.pipeline import GUIDANCE_SCALE, SHIPPED, assemble, clip_tokenizer, draw_images, open_base, text_config
 
 TEXT_WIDTH = 64
 VAE_STEPS = 400
@@ -29,7 +28,9 @@ DECODER_STEPS = 3200
 VAE_RATE = 1e-3
 TEXT_STEPS = 400
 NUM_PAIRS = 24_000
-DOCS_GRID = Path(__file__).parents[1] / "docs" / "images" / "base_grid.png"
+DOCS_IMAGES = Path(__file__).parents[1] / "docs" / "images"
+STEPS = {"sd15": 30, "sd3": 28}  # of the drawings that are judged
+DOCS_GRIDS = {"sd15": DOCS_IMAGES / "base_grid.png", "sd3": DOCS_IMAGES / "base_sd3_grid.png"}
 
 
 def train_vae(steps: int, decoder_steps: int, seed: int, num_images: int = 10_000, batch_size: int = 16) -> AutoencoderKL:
@@ -166,23 +167,22 @@ def ship(output: Path) -> None:
     print(f"shipped {size / 1e6:.1f} MB in {SHIPPED}")
 
 
-def judge_base(num_prompts: int) -> None:
-    """Report what the oracle says of the shipped base's drawings; a grid of unseen prompts' goes to docs/images."""
-    pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline())
+def judge_base(kind: str, num_prompts: int) -> None:
+    """Report what the oracle says of a shipped base's drawings; a grid of unseen prompts' goes to docs/images."""
+    pipeline, steps = open_base(kind), STEPS[kind]
     for unseen in (False, True):
         rng = random.Random(1)
         prompts = [caption(sample_drawing(rng, unseen)) for _ in range(num_prompts)]
         start = time.time()
-        images = draw_images(pipeline, prompts)
+        images = draw_images(pipeline, prompts, num_inference_steps=steps)
         seconds = (time.time() - start) / num_prompts
         judgements = [judge(image, prompt) for image, prompt in zip(images, prompts)]
         shares = {name: sum(getattr(judgement, name) for judgement in judgements) / num_prompts
                   for name in ("shape", "colour", "background", "position", "all_right", "cleanliness", "score")}
-        print(f"{num_prompts} {'unseen' if unseen else 'seen'} prompts, 30 steps, guidance {GUIDANCE_SCALE}, "
+        print(f"{num_prompts} {'unseen' if unseen else 'seen'} prompts, {steps} steps, guidance {GUIDANCE_SCALE}, "
               f"{1000 * seconds:.0f} ms an image: " + ", ".join(f"{key} {value:.3f}" for key, value in shares.items()))
     grid = [image.resize((96, 96), Image.Resampling.NEAREST) for image in images[:40]]  # of unseen prompts
-    DOCS_GRID.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(grid, rows=4, cols=10).save(DOCS_GRID)
+    make_image_grid(grid, rows=4, cols=10).save(DOCS_GRIDS[kind])
 
 
 def _minimise(parameters, loss_at, steps, learning_rate, name):

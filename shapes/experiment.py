@@ -18,18 +18,18 @@ from common.locks import release
 from common.progress import progress_bar
 from common.train_checks import parse_options
 from common.train_options import TrainOptions
-from shapes.pipeline import NOISE_OFFSET, draw_images
+from shapes.pipeline import BASE_OPTIONS, draw_images
 from train import train
 from training.fit import Watch
 
-# Equal in all runs: the base's resolution and noise, and no file but what the watch takes.
-COMMON = {"resolution": 32, "no_hflip": True, "mixed_precision": "no", "noise_offset": NOISE_OFFSET, "report_to": "none",
-          "checkpointing_steps": 0}
+# Equal in all runs: the base's resolution, and no file but what the watch takes.
+COMMON = {"resolution": 32, "no_hflip": True, "mixed_precision": "no", "report_to": "none", "checkpointing_steps": 0}
 
 
-def run_options(*more: type, **options: Any) -> TrainOptions:
-    """train.py's options by name, over COMMON; more: further groups."""
-    return parse_options([f"--{name}={value}" for name, value in (COMMON | options).items()], *more)
+def run_options(*more: type, base: str = "sd15", **options: Any) -> TrainOptions:
+    """train.py's options by name, over COMMON and what the base needs; more: further groups."""
+    named = COMMON | BASE_OPTIONS[base] | options
+    return parse_options([f"--{name}={value}" for name, value in named.items()], *more)
 
 
 def reset_accelerate() -> None:

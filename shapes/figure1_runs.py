@@ -6,17 +6,16 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from common.files import whole_file, write_text
 from data.cache import CacheOptions, cache
-from shapes.base import sample_drawing
 from shapes.drawing import caption
 from shapes.experiment import do_all, draw_with, reset_accelerate, run_options, train_here, worker_pool
+from shapes.mixture import sample_drawing
 from shapes.oracle import judge
 from shapes.pairs import write_pairs
-from shapes.pipeline import base_pipeline
+from shapes.pipeline import base_pipeline, open_base
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402
@@ -29,7 +28,8 @@ TITLES = {"plain": "plain Diffusion-DPO", "safeguarded": "with the safeguard"}
 
 
 def options_of(settings, **more):
-    return run_options(pretrained_model_name_or_path=base_pipeline(), cached_dataset=Path(settings.output, "cache"), **more)
+    return run_options(base=settings.base, pretrained_model_name_or_path=base_pipeline(kind=settings.base), lora_rank=0,
+                       cached_dataset=Path(settings.output, "cache"), **more)
 
 
 def prompts_of(settings) -> list[str]:
@@ -40,16 +40,17 @@ def prompts_of(settings) -> list[str]:
 def run(variant: str, settings) -> dict:
     """One run's curves, and what the oracle says of its drawings at POINTS steps; those go to runs/VARIANT_STEP.npy."""
     safeguard = {"use_winner_preserving": True, "winner_preserving_mu": settings.mu} if variant == "safeguarded" else {}
+    beta = {} if settings.beta is None else {"beta_dpo": settings.beta}
     options = options_of(settings, train_batch_size=settings.batch_size, max_train_steps=settings.steps, seed=settings.seed,
-                         learning_rate=settings.learning_rate, lr_warmup_steps=20, **safeguard)
-    prompts, record = prompts_of(settings), {"winner": [], "loser": [], "reference": [], "lambda": [], "oracle": {}}
-    pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline())
+                         learning_rate=settings.learning_rate, lr_warmup_steps=20, **safeguard, **beta)
+    prompts, record = prompts_of(settings), {"winner": [], "loser": [], "reference": [], "margin": [], "lambda": [], "oracle": {}}
+    pipeline = open_base(settings.base)
     drawn_at = {round(settings.steps * point / (POINTS - 1)) for point in range(POINTS)}
 
     def watch(step: int, network: nn.Module, scalars: dict[str, float]) -> None:
         if scalars:
             for name, scalar in (("winner", "avg_win_diff_loss"), ("loser", "avg_lose_diff_loss"),
-                                 ("reference", "ref_mse_unaccumulated"), ("lambda", "avg_lose_l_scale")):
+                                 ("reference", "ref_mse_unaccumulated"), ("margin", "margin_mean"), ("lambda", "avg_lose_l_scale")):
                 record[name].append(scalars[scalar])
         if step in drawn_at:
             images = draw_with(network, pipeline, prompts, 10_000_000, 20)
@@ -77,12 +78,13 @@ def make_figure(settings) -> None:
 
 
 def table_of(records: dict[str, dict], settings) -> str:
-    rows = [f"| | winner's error | loser's error | {' | '.join(f'oracle, step {step}' for step in records['plain']['oracle'])} |",
-            "|---|---|---" + "|---" * POINTS + "|"]
+    rows = [f"| | winner's error | loser's error | margin | {' | '.join(f'oracle, step {step}' for step in records['plain']['oracle'])} |",
+            "|---|---|---|---" + "|---" * POINTS + "|"]
     for variant, record in records.items():
-        winner, loser, reference = (np.mean(record[name][-SMOOTHED:]) for name in ("winner", "loser", "reference"))
+        winner, loser, reference, margin = (np.mean(record[name][-SMOOTHED:]) for name in ("winner", "loser", "reference", "margin"))
         scores = " | ".join(f"{score:.3f}" for score in record["oracle"].values())
-        rows.append(f"| {TITLES[variant]} | {winner:+.4f} ({winner / reference:+.0%}) | {loser:+.4f} ({loser / reference:+.0%}) | {scores} |")
+        rows.append(f"| {TITLES[variant]} | {winner:+.4f} ({winner / reference:+.0%}) | {loser:+.4f} ({loser / reference:+.0%}) "
+                    f"| {margin:+.2f} | {scores} |")
     return "\n".join(rows)
 
 

@@ -1,7 +1,7 @@
 """Small Stable Diffusion pipelines of the real diffusers classes, built offline.
 
 build_pipeline writes an untrained one, SD1.5-shaped or SDXL-shaped, in seconds: for tests and for trying commands.
-base_pipeline opens the trained one that is shipped in shapes/base; draw_images draws with either.
+base_pipeline opens a trained one: SD1.5-shaped, in shapes/base, or SD3-shaped, in shapes/base_sd3; draw_images draws with any.
 """
 
 import hashlib
@@ -9,18 +9,23 @@ import os
 from pathlib import Path
 
 import torch
-from diffusers import (AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline,
+from diffusers import (AutoencoderKL, DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
+                       PNDMScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline,
                        StableDiffusionXLPipeline, UNet2DConditionModel)
 from PIL import Image
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from common.errors import UserError
 
 KINDS = ("sd15", "sdxl")
-SHIPPED = Path(__file__).parent / "base"
-OPENED = Path(__file__).parents[1] / "output" / "shapes_base"
+SHIPPED, SHIPPED_SD3 = Path(__file__).parent / "base", Path(__file__).parent / "base_sd3"
+NETWORKS = {"sd15": (UNet2DConditionModel, SHIPPED / "unet"), "sd3": (SD3Transformer2DModel, SHIPPED_SD3 / "transformer")}
+OPENED = {"sd15": Path(__file__).parents[1] / "output" / "shapes_base", "sd3": Path(__file__).parents[1] / "output" / "shapes_base_sd3"}
 GUIDANCE_SCALE = 1.5  # where the base's drawings still vary; it draws cleanest at 2
 NOISE_OFFSET = 0.1  # of the base's last training pass; tuning without it moves brightness before anything else
+WORDS = 21  # tokens of the longest caption, to which the SD3-shaped base's are cut: the rest would be padding
+BASE_OPTIONS = {"sd15": {"noise_offset": NOISE_OFFSET}, "sd3": {"max_sequence_length": 1}}  # of train.py, on each base; no T5 is there
 
 
 def build_pipeline(folder: str | os.PathLike, kind: str = "sd15", seed: int = 0,
@@ -72,36 +77,72 @@ def assemble(vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DCondit
                                    requires_safety_checker=False)
 
 
-def base_pipeline(folder: str | os.PathLike = OPENED) -> Path:
-    """The trained base as a diffusers folder in float32 (native resolution 32); made from the shipped float16 weights
-    on the first call and when those change. Raises UserError where the weights are not there."""
-    folder, weights = Path(folder), sorted(SHIPPED.rglob("*.safetensors"))
-    if len(weights) != 3:
-        raise UserError(f"the base's weights are not in {SHIPPED}: bash scripts/build_base.sh makes them")
+def assemble_sd3(vae: AutoencoderKL, text_encoder: CLIPTextModel, transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
+    """A Stable Diffusion 3 pipeline of these parts, without T5. SD3 reads its encoders' last layer but one: the first shows
+    it the text encoder's first layer, the second, which has one more that changes nothing, its last."""
+    vae.register_to_config(shift_factor=0.0)
+    tokenizer = clip_tokenizer()
+    tokenizer.model_max_length = WORDS
+    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(), vae, with_projection(text_encoder), tokenizer,
+                                    with_projection(text_encoder, more_layers=1), tokenizer, None, None)
+
+
+def with_projection(encoder: CLIPTextModel, more_layers: int = 0) -> CLIPTextModelWithProjection:
+    """The text encoder with an identity for a projection, and with further layers that change nothing."""
+    width, layers = encoder.config.hidden_size, encoder.config.num_hidden_layers
+    longer = CLIPTextModelWithProjection(text_config(width, layers + more_layers))
+    prefixed = {"text_model." + name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
+    longer.load_state_dict(prefixed, strict=False)
+    nn.init.eye_(longer.text_projection.weight)
+    for layer in longer.text_model.encoder.layers[layers:]:
+        for last in (layer.self_attn.out_proj, layer.mlp.fc2):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    return longer.eval()
+
+
+def base_pipeline(folder: str | os.PathLike | None = None, kind: str = "sd15") -> Path:
+    """A trained base, "sd15" or "sd3", as a diffusers folder in float32 (native resolution 32); made from the shipped float16
+    weights on the first call and when those change. folder: by default OPENED[kind]. Raises UserError where the weights are
+    not there."""
+    folder = Path(folder or OPENED[kind])
+    parts = [(AutoencoderKL, SHIPPED / "vae"), (CLIPTextModel, SHIPPED / "text_encoder"), NETWORKS[kind]]
+    weights = sorted(path for _, part in parts for path in part.glob("*.safetensors"))
+    if len(weights) != len(parts):
+        raise UserError(f"the base's weights are not in {SHIPPED} and {NETWORKS[kind][1]}: bash scripts/build_base.sh "
+                        f"{kind} makes them")
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
     stamp = folder / "made_from"
     if not stamp.is_file() or stamp.read_text() != digest:
-        parts = [cls.from_pretrained(SHIPPED / name).float()
-                 for name, cls in (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel),
-                                   ("unet", UNet2DConditionModel))]
-        assemble(*parts).save_pretrained(folder)
+        build = assemble if kind == "sd15" else assemble_sd3
+        build(*(cls.from_pretrained(part).float() for cls, part in parts)).save_pretrained(folder)
         stamp.write_text(digest)
     return folder
 
 
-def draw_images(pipeline: StableDiffusionPipeline, prompts: list[str], first_seed: int = 0,
+def open_base(kind: str = "sd15", folder: str | os.PathLike | None = None) -> DiffusionPipeline:
+    """base_pipeline's folder, opened; diffusers has to be told that there is no T5."""
+    absent = {"sd15": {}, "sd3": {"text_encoder_3": None, "tokenizer_3": None}}
+    return DiffusionPipeline.from_pretrained(base_pipeline(folder, kind), **absent[kind])
+
+
+def draw_images(pipeline: DiffusionPipeline, prompts: list[str], first_seed: int = 0,
                 num_inference_steps: int = 30, guidance_scale: float = GUIDANCE_SCALE,
                 batch_size: int = 50) -> list[Image.Image]:
-    """One image a prompt by DDIM; image i starts from the noise of seed first_seed + i, whatever the batch size."""
-    scheduler, pipeline.scheduler = pipeline.scheduler, DDIMScheduler.from_config(pipeline.scheduler.config)
+    """One image a prompt, by DDIM or along the flow; image i starts from the noise of seed first_seed + i, whatever the batch
+    size."""
+    flow, own = isinstance(pipeline, StableDiffusion3Pipeline), pipeline.scheduler
+    if not flow:
+        pipeline.scheduler = DDIMScheduler.from_config(own.config)
+    settings = {"max_sequence_length": BASE_OPTIONS["sd3"]["max_sequence_length"]} if flow else {}
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start:start + batch_size]
         noise = [torch.Generator().manual_seed(first_seed + start + index) for index in range(len(batch))]
         images += pipeline(batch, generator=noise, num_inference_steps=num_inference_steps,
-                           guidance_scale=guidance_scale).images
-    pipeline.scheduler = scheduler
+                           guidance_scale=guidance_scale, **settings).images
+    pipeline.scheduler = own
     return images
 
 

@@ -43,14 +43,13 @@ def write_preferences(folder: str | os.PathLike, num_pairs: int, seed: int = 0, 
     """
     if num_pairs < 2:
         raise UserError(f"num_pairs is {num_pairs}: ask for at least two, one generated and one rendered")
-    from diffusers import StableDiffusionPipeline
 
     from shapes.oracle import judge
-    from shapes.pipeline import base_pipeline, draw_images
+    from shapes.pipeline import draw_images, open_base
 
     rng = random.Random(seed)
     prompts = [caption(sample_drawing(rng, unseen)) for _ in range(int(num_pairs * drawn_share))]
-    pipeline = StableDiffusionPipeline.from_pretrained(base_pipeline())
+    pipeline = open_base()
     images = draw_images(pipeline, [prompt for prompt in prompts for _ in range(CANDIDATES)], seed * 1_000_003,
                          num_inference_steps)
     rows = []

@@ -89,8 +89,9 @@ def resample(predict: Predict, score: Score, transition: Transition, times: torc
              ) -> tuple[Pairs, list[Comparison]]:
     """Denoise one trajectory a prompt and collect the pairs on the way.
 
-    times: (num_steps,); generators: one a prompt (b of them), see prompt_generator; shape: a latent's (C, h, w). Returns the kept pairs,
-    steps in order, and every comparison made. The predictor runs once a step, on pool_size * b latents after the start.
+    times: (num_steps,); generators: one a prompt (b of them), see prompt_generator; shape: a latent's (C, h, w). Returns the
+    kept pairs, steps in order, and every comparison made. The predictor runs once a step, on pool_size * b latents after the
+    start.
     """
     b, last = len(generators), config.num_steps - 1
     every_prompt = torch.arange(b, device=device)

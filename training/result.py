@@ -41,7 +41,8 @@ def save_result(run: Run, family: Family, policy: Policy) -> str:
 
 def save_pipeline(run: Run, family: Family, network: nn.Module) -> None:
     """The base pipeline with this network, so that DiffusionPipeline.from_pretrained(output_dir) opens it."""
-    options, parts = family.options, {family.backbone: network}
+    options, absent = family.options, [name for name, part in family.index.items() if part == [None, None]]
+    parts = dict.fromkeys(absent) | {family.backbone: network}  # diffusers wants to be told that there is no T5
     if options.pretrained_vae_model_name_or_path:
         parts["vae"] = family.read_vae()
     pipeline = from_hub(family.pipeline, options.pretrained_model_name_or_path, "the base pipeline",

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers import DiffusionPipeline
 from torch import nn
 
-from common.errors import UserError
 from common.train_options import TrainOptions
 from data.cache import CacheOptions, cache
 from shapes.drawing import caption
@@ -18,7 +16,7 @@ from shapes.experiments.plan import Settings, World
 from shapes.mixture import RESOLUTION, sample_drawing
 from shapes.oracle import judge
 from shapes.pairs import write_pairs
-from shapes.pipeline import base_pipeline
+from shapes.pipeline import base_pipeline, open_base
 from shapes.preferences import write_preferences
 
 DRAWN_SHARE = {"on-policy": 1.0, "mixed": 0.5}  # of the pairs, by the base itself
@@ -26,16 +24,7 @@ PARTS_OF_SCORE = ("shape", "colour", "background", "position", "cleanliness")
 NOISE_SEED = 10_000_000  # of the first caption's drawing
 
 
-def base_folder(base: str) -> Path:
-    """The base's pipeline. Raises UserError where its weights are not shipped."""
-    if base != "sd15":
-        raise UserError(f"the {base}-shaped base is not in shapes/base: leave its part out with --parts")
-    return base_pipeline()
-
-
-@lru_cache(maxsize=1)
-def open_base(base: str) -> DiffusionPipeline:
-    return DiffusionPipeline.from_pretrained(base_folder(base))
+opened = lru_cache(maxsize=1)(open_base)
 
 
 def world_folder(world: World, settings: Settings) -> Path:
@@ -44,7 +33,7 @@ def world_folder(world: World, settings: Settings) -> Path:
 
 def options_on(world: World, settings: Settings, **options: Any) -> TrainOptions:
     """train.py's options on a world's cached pairs."""
-    return run_options(pretrained_model_name_or_path=base_folder(world.base), lora_rank=0,
+    return run_options(base=world.base, pretrained_model_name_or_path=base_pipeline(kind=world.base), lora_rank=0,
                        cached_dataset=world_folder(world, settings) / "cache", train_batch_size=settings.batch_size, **options)
 
 
@@ -69,7 +58,7 @@ def captions(settings: Settings) -> list[str]:
 
 def judged(world: World, settings: Settings, network: nn.Module | None = None) -> tuple[dict[str, Any], np.ndarray]:
     """What the oracle says of the captions as drawn by the network (None: the base's), from fixed noise; and the images."""
-    prompts, pipeline = captions(settings), open_base(world.base)
+    prompts, pipeline = captions(settings), opened(world.base)
     images = draw_with(network, pipeline, prompts, NOISE_SEED, settings.inference_steps)
     judgements = [judge(image, prompt) for image, prompt in zip(images, prompts)]
     record = {name: float(np.mean([getattr(judgement, name) for judgement in judgements])) for name in PARTS_OF_SCORE}
