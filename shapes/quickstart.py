@@ -1,7 +1,7 @@
 """The quickstart's two small programs: what goes into training, and what came out of it.
 
     python -m shapes.quickstart prepare --output output/quickstart
-    python -m shapes.quickstart table --output output/quickstart --runs plain safeguarded
+    python -m shapes.quickstart table --output output/quickstart
 """
 
 import json
@@ -9,101 +9,96 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, ImageDraw
-
 from common.errors import UserError, quiet_libraries, run_program
 from common.options import option, parse
-from prompts import read_group
 
-PROMPTS = read_group("shapes")[:8]
-LAST_STEPS = 10  # the table's figures are means over these
-SCALE = 4
+MODELS = ("base", "plain", "safeguarded")
+PARTS = ("oracle", "shape", "colour", "background", "position", "cleanliness")
+LAST_STEPS = 20  # the table's figures of a run are means over these
+SHOWN = 10  # prompts of samples.png
+SCALE = 3
 
 
 @dataclass
 class QuickstartOptions:
     step: Literal["prepare", "table"] = option(MISSING, "what to do", positional=True)
-    runs: list[str] = option([], "run folders inside --output, for the table")
     output: str = option("output/quickstart", "the quickstart's folder")
-    num_pairs: int = option(160, "preference pairs", at_least=2)
+    num_pairs: int = option(400, "preference pairs", at_least=2)
 
 
 def prepare(output: Path, num_pairs: int) -> None:
-    """The base pipeline and the preference pairs, as folders that train.py takes, and small untrained metric models."""
+    """The base pipeline and the preference pairs, as folders that train.py takes."""
+    from shapes.pairs import write_pairs
     from shapes.pipeline import base_pipeline
-    from shapes.preferences import write_preferences
-    from shapes.tiny_metrics import write_tiny_metrics
 
     base = base_pipeline(output / "base")
-    if not (output / "metrics" / "metrics.yaml").is_file():
-        write_tiny_metrics(output / "metrics")
     if not (output / "pairs" / "done").is_file():
-        write_preferences(output / "pairs", num_pairs)
+        write_pairs(output / "pairs", num_pairs, seed=1, resolution=32)
         (output / "pairs" / "done").touch()
     print(f"base model in {base}, {num_pairs} preference pairs in {output / 'pairs'}")
 
 
-def table_row(run: Path) -> list[str]:
-    import numpy as np
+def drawings(output: Path, model: str) -> tuple[list[str], list[Path], dict[str, float]]:
+    """A model's prompts, images and mean scores. Raises UserError where they are not there."""
+    from eval.manifest import image_path, read_manifest
 
+    manifests = [path for path in (output / "eval" / model).glob("*.json") if not path.stem.endswith("_scores")]
+    try:
+        [manifest] = manifests
+        scores = json.loads(manifest.with_name(f"{manifest.stem}_scores.json").read_text())["metrics"]
+        means = {part: scores[part]["mean"] for part in PARTS}
+    except (ValueError, OSError, KeyError):
+        raise UserError(f"{output / 'eval' / model} holds no scored images: bash scripts/quickstart.sh makes them") from None
+    entries = read_manifest(manifest)
+    return [entry["prompt"] for entry in entries], [image_path(manifest, entry) for entry in entries], means
+
+
+def run_row(run: Path) -> list[str]:
+    """What a run says of its last steps."""
     from training.records import read_metrics
 
-    settings = json.loads((run / "run.json").read_text())
     last = read_metrics(run / "metrics.jsonl")[-LAST_STEPS:]
-    mean = {name: float(np.mean([line[name] for line in last])) for name in last[-1]}
-    safeguard = f"mu {settings['winner_preserving_mu']:g}" if settings["use_winner_preserving"] else "off"
-    return [settings["train_method"], safeguard, f"{mean['train_loss']:.4f}", f"{mean['implicit_acc_accumulated']:.2f}",
-            f"{mean['avg_win_diff_loss']:+.5f}", f"{mean['avg_lose_diff_loss']:+.5f}"]
+    mean = {name: sum(line[name] for line in last) / len(last)
+            for name in ("implicit_acc_accumulated", "avg_win_diff_loss", "avg_lose_diff_loss", "ref_mse_unaccumulated")}
+    change = [f"{mean[name] / mean['ref_mse_unaccumulated']:+.0%}" for name in ("avg_win_diff_loss", "avg_lose_diff_loss")]
+    return [f"{mean['implicit_acc_accumulated']:.2f}", *change]
 
 
-def summarise(output: Path, runs: list[str]) -> None:
-    """Print the table of the runs and draw every prompt with the base and each run from the same noise."""
-    import diffusers
-    import numpy as np
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    from shapes.oracle import judge
-    from shapes.pipeline import draw_images
-
-    diffusers.utils.logging.disable_progress_bar()
-    images = {}
-    for name in ["base", *runs]:
-        pipeline = StableDiffusionPipeline.from_pretrained(output / name)  # unet.pth's pipeline opens with diffusers
-        images[name] = draw_images(pipeline, PROMPTS, first_seed=0)
-        if name in runs:
-            state = torch.load(output / name / "unet.pth", weights_only=True)
-            if not all(torch.equal(state[key], value) for key, value in pipeline.unet.state_dict().items()):
-                raise UserError(f"{output / name}: unet.pth and the pipeline beside it differ")
-    header = ["method", "safeguard", "loss", "implicit accuracy", "winner error - ref", "loser error - ref", "oracle"]
-    rows = [["base", *["-"] * 5], *(table_row(output / name) for name in runs)]
-    for name, row in zip(images, rows):
-        row.append(f"{np.mean([judge(image, prompt).score for image, prompt in zip(images[name], PROMPTS)]):.3f}")
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-    for line in [header, ["-" * width for width in widths], *rows]:
-        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |")
-    grid(images).save(output / "samples.png")
-    print(f"(means over the last {LAST_STEPS} steps; errors against the reference, the oracle's score of "
-          f"{len(PROMPTS)} drawings)\nsamples: {output / 'samples.png'}")
+def summarise(output: Path) -> None:
+    """Print the table of the models, and draw them side by side on the same prompts from the same noise."""
+    rows, images = [["model", "pairs ranked right", "winner's error", "loser's error", *PARTS]], {}
+    for model in MODELS:
+        prompts, images[model], means = drawings(output, model)
+        trained = ["-"] * 3 if model == "base" else run_row(output / model)
+        rows.append([model, *trained, *(f"{means[part]:.3f}" for part in PARTS)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+        print("| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |")
+    print(f"(of the training pairs: means over the last {LAST_STEPS} steps, errors against the reference's; of the "
+          f"{len(prompts)} drawings: means of the oracle's score and of its parts)")
+    sheet(images, output / "samples.png")
 
 
-def grid(images: dict[str, list[Image.Image]]) -> Image.Image:
+def sheet(images: dict[str, list[Path]], path: Path) -> None:
     """One row a model, one column a prompt, names at the left."""
-    side = next(iter(images.values()))[0].width * SCALE
-    sheet = Image.new("RGB", (110 + (side + 4) * len(PROMPTS), (side + 4) * len(images)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for line, (name, row) in enumerate(images.items()):
-        pen.text((6, line * (side + 4) + side // 2 - 6), name, fill="black")
-        for column, image in enumerate(row):
-            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (110 + column * (side + 4), line * (side + 4)))
-    return sheet
+    from PIL import Image, ImageDraw
+
+    pictures = {model: [Image.open(file).convert("RGB") for file in files[:SHOWN]] for model, files in images.items()}
+    side = pictures[MODELS[0]][0].width * SCALE
+    page = Image.new("RGB", (90 + (side + 4) * SHOWN, (side + 4) * len(pictures)), "white")
+    pen = ImageDraw.Draw(page)
+    for line, (model, row) in enumerate(pictures.items()):
+        pen.text((6, line * (side + 4) + side // 2 - 6), model, fill="black")
+        for column, picture in enumerate(row):
+            page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (90 + column * (side + 4), line * (side + 4)))
+    page.save(path)
 
 
 def main() -> None:
     [options], _ = parse([QuickstartOptions], program="python -m shapes.quickstart", description=__doc__)
     quiet_libraries()
     output = Path(options.output)
-    prepare(output, options.num_pairs) if options.step == "prepare" else summarise(output, options.runs)
+    prepare(output, options.num_pairs) if options.step == "prepare" else summarise(output)
 
 
 if __name__ == "__main__":
