@@ -18,7 +18,7 @@ from common.errors import UserError, run_program, warn
 from common.files import make_folder, read_json, write_json
 from common.options import option, parse
 from eval.manifest import image_path, read_manifest
-from eval.metrics import METRICS, canonical_name
+from eval.metrics import METRICS, canonical_name, read_config
 from eval.pairing import Found, find_pairs, histogram
 from eval.scores import read_scores
 
@@ -34,6 +34,7 @@ class PairOptions:
     output: str = option(MISSING, "folder for the pairs")
     models: list[str] = option([], "a name for each manifest's model", default_text="the manifests' folders")
     metrics: list[str] = option(["pickscore"], f"what decides, of {', '.join(METRICS)}", default_text="pickscore")
+    metrics_config: str | None = option(None, "a metrics.yaml that names metrics of one's own")
     rule: Literal["best_worst", "all", "margin"] = option(
         "best_worst", "best_worst: the widest pair of a prompt; all: every two images that differ; margin: every two at least "
         "--min_gap apart")
@@ -42,6 +43,8 @@ class PairOptions:
     vote: Literal["rank", "agree"] = option("rank", "several metrics: their mean rank decides, or all must agree")
 
     def __post_init__(self):
+        if self.metrics_config:
+            read_config(self.metrics_config)  # which knows them from here on
         self.metrics = list(dict.fromkeys(canonical_name(name) for name in self.metrics))
 
 

@@ -15,7 +15,7 @@ from common.errors import quiet_libraries, run_program
 from common.files import write_text
 from common.options import option, parse
 from common.train_checks import parse_options
-from common.train_options import OFFLINE, PAIRWISE
+from common.train_options import OFFLINE, PAIRWISE, WITH_BETA
 
 LAST = 25  # steps that a figure is the mean of
 
@@ -75,7 +75,8 @@ def row(method: str, lora: bool, record: dict) -> str:
 
     lambdas = [step["avg_lose_l_scale"] for step in logs if "avg_lose_l_scale" in step] if method in PAIRWISE else []
     acted = f"{mean('avg_lose_l_scale', '.2f')}, below 1 in {sum(value < 1 for value in lambdas)}" if lambdas else "-"
-    guarded = f"{record['beta']:g} | {record['mu']:g}" if method in PAIRWISE else "- | -"
+    guarded = f"{record['beta']:g}" if method in WITH_BETA else "-"
+    guarded += f" | {record['mu']:g}" if method in PAIRWISE else " | -"
     return (f"| {method} | {'LoRA 16' if lora else 'whole'} | {record['rate']:.1e} | {guarded} | {record['moved']:.1e} | "
             f"{mean('train_loss', '.3g')} | {max(step['grad_norm'] for step in logs):.2g} | {mean('implicit_acc_accumulated', '.2f')} | "
             f"{mean('avg_win_diff_loss', '+.1e')} | {acted} |")

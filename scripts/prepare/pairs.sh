@@ -27,7 +27,8 @@ for word in "$@"; do
     --metrics|--metrics=*) bucket=metrics; word="$value" ;;
     --rule|--rule=*|--min_gap|--min_gap=*|--vote|--vote=*) bucket=pair ;;
     --score_batch_size*) bucket=score; word="--batch_size${word#--score_batch_size}" ;;
-    --metrics_config|--metrics_config=*|--num_workers|--num_workers=*|--device|--device=*) bucket=score ;;
+    --metrics_config|--metrics_config=*) bucket=config ;;
+    --num_workers|--num_workers=*|--device|--device=*) bucket=score ;;
     --*) bucket=generate ;;
   esac
   [ -n "$word" ] || continue
@@ -36,6 +37,7 @@ for word in "$@"; do
     output) output="$word" ;;
     images) images="$word" ;;
     metrics) metrics+=("$word") ;;
+    config) score+=("$word") pair+=("$word") ;;
     score) score+=("$word") ;;
     pair) pair+=("$word") ;;
     *) generate+=("$word") ;;

@@ -3,11 +3,12 @@
 import json
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from common.errors import UserError
-from eval import compare, score
+from eval import compare, pairs, score
 from eval.metrics import METRICS, load_metric, metric_version, read_config
 
 PROMPTS = ["a red cat", "a dog", "a house"]
@@ -110,6 +111,16 @@ def test_it_is_compared(package, make_manifest, tmp_path):
     [folder] = outdir.iterdir()
     assert json.loads((folder / "summary.json").read_text())["metrics"][0]["label"] == "Redness"
     assert "Redness" in (folder / "report.html").read_text()
+
+
+def test_it_decides_pairs(package, make_manifest, tmp_path):
+    path, manifest = config(tmp_path, redness={"cls": "Redness"}), make_manifest("a", ["a red cat"] * 3)
+    flags = ["--manifests", str(manifest), "--metrics", "redness", "--metrics_config", str(path)]
+    assert score.main([*flags, "--device", "cpu"]) == 0
+    del METRICS["redness"]  # as in a program of its own
+    pairs.main([*flags, "--output", str(tmp_path / "pairs")])
+    [row] = pq.read_table(tmp_path / "pairs" / "train-00000.parquet").to_pylist()
+    assert (row["redness_0"] > row["redness_1"]) == (row["label_0"] == 1.0)
 
 
 def test_kept_scores_follow_the_classs_file_and_settings(package, tmp_path):
