@@ -12,11 +12,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests import forge
+from tests.vocabulary import build_tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The slow ones first, so that none is left to end alone on one of the workers."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,21 +33,36 @@ def private_dataset_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_sd15(tmp_path_factory) -> Path:
-    from shapes.pipeline import build_pipeline
-    return build_pipeline(tmp_path_factory.mktemp("pipelines") / "sd15", "sd15")
+def built_once(tmp_path_factory):
+    """built_once(name, build) -> a folder that build(folder) fills in the first worker that asks, for all of them."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def built(name: str, build) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                build(folder)
+                done.touch()
+        return folder
+
+    return built
 
 
 @pytest.fixture(scope="session")
-def tiny_sdxl(tmp_path_factory) -> Path:
-    from shapes.pipeline import build_pipeline
-    return build_pipeline(tmp_path_factory.mktemp("pipelines") / "sdxl", "sdxl")
+def tiny_sd15(built_once) -> Path:
+    return built_once("sd15", build_tiny_pipeline)
 
 
 @pytest.fixture(scope="session")
-def pairs_dir(tmp_path_factory) -> Path:
+def tiny_sdxl(built_once) -> Path:
+    return built_once("sdxl", lambda folder: build_tiny_pipeline(folder, "sdxl"))
+
+
+@pytest.fixture(scope="session")
+def pairs_dir(built_once) -> Path:
     from shapes.pairs import write_pairs
-    return write_pairs(tmp_path_factory.mktemp("pairs"), 64, seed=0)
+    return built_once("pairs", lambda folder: write_pairs(folder, 64, seed=0))
 
 
 def run(command: list, expect: int | None = 0, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
@@ -53,18 +75,20 @@ def run(command: list, expect: int | None = 0, timeout: float = 300, **environme
 
 
 @pytest.fixture(scope="session", name="run")
-def run_fixture():
-    return run
+def run_fixture(python):
+    """run(command, ...) with `python` as the scripts' PYTHON."""
+    return functools.partial(run, PYTHON=python)
 
 
 @pytest.fixture(scope="session")
-def python() -> str:
-    return sys.executable
+def python(forge_server) -> str:
+    """A Python that starts in a moment: see tests/warm_python.py."""
+    return str(forge_server.python)
 
 
 @pytest.fixture(scope="session")
-def forge_server():
-    server = forge.Server()
+def forge_server(tmp_path_factory):
+    server = forge.Server(tmp_path_factory.mktemp("forge"))
     yield server
     server.close()
 

@@ -1,6 +1,9 @@
 """A dataset of preference pairs with every fault that the docs name, and what should come of each."""
 
+import functools
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,17 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> Image.Image:
     return Image.fromarray(ramp).convert(mode)
 
 
+@functools.cache
+def bomb(side: int) -> bytes:
+    """A black PNG of one bit a pixel, made without its pixels."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = zlib.compress(bytes(side * (1 + side // 8)), 1)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)) + chunk(b"IDAT", rows)
+            + chunk(b"IEND", b""))
+
+
 def image_faults(jpeg: bytes) -> dict[str, tuple[object, str]]:
     """Name -> (a cell of jpg_0, its outcome). `jpeg` is a good image to be damaged."""
     sixteen_bit = Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16))
@@ -38,7 +52,7 @@ def image_faults(jpeg: bytes) -> dict[str, tuple[object, str]]:
         "text": (b"<html>404 not found</html>", REPLACED),
         "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n", REPLACED),
         "1x1": (encoded(picture(size=(1, 1)), "PNG"), REPLACED),
-        "20000x20000": (encoded(Image.new("1", (20000, 20000)), "PNG"), REPLACED),
+        "20000x20000": (bomb(20000), REPLACED),
         "long strip": (encoded(picture(size=(4000, 20)), "JPEG"), REPLACED),
         "CMYK": (encoded(picture("CMYK"), "JPEG"), USED),
         "palette": (encoded(picture("P"), "PNG"), USED),

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from shapes.pipeline import build_pipeline
 from tests.runs import SMALL, continue_from, equal, scalars, weights
+from tests.vocabulary import build_tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_lora_trains_resumes_and_merges(tiny_sdxl, pairs_dir, tmp_path, train_ru
 
 def test_sft_v_prediction_workers_and_a_config_file(pairs_dir, tmp_path, train_run, capsys):
     """Winners alone, no reference, a v-prediction model; the file's options, the command line winning."""
-    base = build_pipeline(tmp_path / "v", "sd15", prediction_type="v_prediction")
+    base = build_tiny_pipeline(tmp_path / "v", "sd15", prediction_type="v_prediction")
     config = tmp_path / "sft.yaml"
     config.write_text(f"train_method: sft\ntrain_data_dir: {pairs_dir}\nmax_train_steps: 50\nlearning_rate: 1e-3\nseed: 1\n")
     logs = train_run(["--config", config, "--pretrained_model_name_or_path", base, *SMALL[:-2], "--learning_rate", 1e-3,

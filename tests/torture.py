@@ -58,8 +58,8 @@ class Torture:
     def __init__(self, folder: Path, seed: int, steps: int):
         self.folder, self.steps, self.random = folder, steps, random.Random(seed)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
-        build = ("from pathlib import Path; from shapes.pipeline import build_pipeline; from shapes.pairs import write_pairs;"
-                 f"build_pipeline(Path({str(folder / 'base')!r}), 'sd15'); write_pairs({str(folder / 'pairs')!r}, 40)")
+        build = ("from pathlib import Path; from tests.vocabulary import build_tiny_pipeline; from shapes.pairs import write_pairs;"
+                 f"build_tiny_pipeline(Path({str(folder / 'base')!r}), 'sd15'); write_pairs({str(folder / 'pairs')!r}, 40)")
         subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
         forge.import_heavy()  # once, for all the processes that are forked from this one
 

@@ -12,6 +12,7 @@ from tests.faults import REPLACED, encoded, image_faults, picture, write_faulty_
 from tests.runs import equal, weights
 
 JPEG = encoded(picture(), "JPEG")
+FAULTS = image_faults(JPEG)
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +22,9 @@ def faulty(tmp_path_factory):
     return folder / "faulty", {row for row, outcome in planted.values() if outcome == REPLACED}
 
 
-@pytest.mark.parametrize("name", image_faults(JPEG))
+@pytest.mark.parametrize("name", FAULTS)
 def test_an_image_is_used_or_refused_as_the_docs_say(name):
-    cell, outcome = image_faults(JPEG)[name]
+    cell, outcome = FAULTS[name]
     begin = time.perf_counter()
     if outcome == REPLACED:
         with pytest.raises(BadImage):
@@ -35,9 +36,9 @@ def test_an_image_is_used_or_refused_as_the_docs_say(name):
 
 
 def test_conversions_keep_what_a_viewer_shows():
-    sixteen = np.asarray(decode_image(image_faults(JPEG)["16 bit"][0])).astype(int)
+    sixteen = np.asarray(decode_image(FAULTS["16 bit"][0])).astype(int)
     assert abs(sixteen.mean() - 127.5) < 1  # Pillow's own conversion makes such an image white
-    animated = np.asarray(decode_image(image_faults(JPEG)["animated WebP"][0])).astype(int)
+    animated = np.asarray(decode_image(FAULTS["animated WebP"][0])).astype(int)
     assert np.abs(animated - np.asarray(picture()).astype(int)).mean() < 8  # the first frame
     transparent = picture("RGBA")
     transparent.putalpha(0)

@@ -18,8 +18,8 @@ from data.cache import CacheOptions, cache as make, main
 from data.cached import CachedDataset, check_cache
 from data.images import to_pixels
 from models.family import open_family
-from shapes.pipeline import build_pipeline
 from tests.conftest import reset_accelerate
+from tests.vocabulary import build_tiny_pipeline
 from training.preference import load_rows
 
 
@@ -153,7 +153,7 @@ def test_train_refuses_what_the_check_refuses(train_run, tiny_sd15, pairs_dir, s
 
 
 def test_another_model_s_cache_is_refused_by_name(pairs_dir, sd15_cache, tmp_path):
-    other = build_pipeline(tmp_path / "other", "sd15", seed=1)
+    other = build_tiny_pipeline(tmp_path / "other", "sd15", seed=1)
     with pytest.raises(UserError, match="encoders was vae sha256:[0-9a-f]+ text_encoder .* is vae sha256:.*made with .*sd15"):
         check(common(other, pairs_dir) + ["--cached_dataset", sd15_cache])
 

@@ -11,18 +11,23 @@ import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from tests.vocabulary import shorten
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STEM = "own_seed0_64x64_3s_7.5cfg"
 PROMPTS = ["a red cat", "naïve café in 東京", "<img src=x onerror=alert(1)>", "a dog & a \"hat\"", "a house"]
 
 
 @pytest.fixture(scope="session")
-def metrics_config(tmp_path_factory) -> Path:
+def metrics_config(built_once) -> Path:
     """metrics.yaml of small random models of every metric's class, which it does not call untrained."""
-    from shapes.tiny_metrics import write_tiny_metrics
-    config = write_tiny_metrics(tmp_path_factory.mktemp("metrics"), image_size=64, patch_size=16)
-    config.write_text(config.read_text().replace("  untrained: true\n", ""))
-    return config
+    def build(folder: Path) -> None:
+        from shapes.tiny_metrics import write_tiny_metrics
+        config = write_tiny_metrics(folder, image_size=64, patch_size=16)
+        config.write_text(config.read_text().replace("  untrained: true\n", ""))
+        shorten(folder)
+
+    return built_once("metrics", build) / "metrics.yaml"
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ exit 0
 
 
 def script(path: Path, *arguments, folder: Path, expect: int = 0, **environment) -> subprocess.CompletedProcess:
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | environment
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
     result = subprocess.run(["bash", str(path), *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=300,
                             env=os.environ | environment)
     assert result.returncode == expect, f"{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
@@ -32,7 +31,7 @@ def script(path: Path, *arguments, folder: Path, expect: int = 0, **environment)
 
 
 @pytest.mark.slow
-def test_from_checkpoints_to_win_rates(tiny_sd15, sd15_run, prompt_file, metrics_config, tmp_path):
+def test_from_checkpoints_to_win_rates(tiny_sd15, sd15_run, prompt_file, metrics_config, tmp_path, python):
     other = tmp_path / "other" / "unet.pth"
     other.parent.mkdir()
     torch.manual_seed(0)
@@ -41,7 +40,7 @@ def test_from_checkpoints_to_win_rates(tiny_sd15, sd15_run, prompt_file, metrics
     flags = ["--pretrained_model_name_or_path", tiny_sd15, "--metrics_config", metrics_config, "--prompts",
              prompt_file, "--height", 64, "--width", 64, "--num_inference_steps", 3, "--limit", 4]
     shutil.copy(sd15_run, tmp_path / "unet.pth")
-    result = script(SCRIPTS / "test_sd15.sh", "unet.pth", *flags, "--score_batch_size", 3, folder=tmp_path)  # a relative path
+    result = script(SCRIPTS / "test_sd15.sh", "unet.pth", *flags, "--score_batch_size", 3, folder=tmp_path, PYTHON=python)  # a relative path
     assert "+ " in result.stdout and "eval.generate" in result.stdout and "no GPU here" in result.stdout
     log = (tmp_path / "joint_test_64.log").read_text()
     for label in ("PickScore", "HPSv2", "AesScore", "CLIPScore", "ImageReward"):
@@ -51,7 +50,7 @@ def test_from_checkpoints_to_win_rates(tiny_sd15, sd15_run, prompt_file, metrics
     generate.main([str(word) for word in ("--unet_path", other, *flags[:2], *flags[4:])])
     result = script(SCRIPTS / "test_vs.sh", "--json_a", f"{STEM}.json", "--json_b", other.parent / f"{STEM}.json",
                     "--label_a", "A", "--label_b", "B", "--device", "cpu", "--batch_size", 64, "--outdir", "vs",
-                    "--metrics_config", metrics_config, "--metrics", "clip", "aesthetics", folder=tmp_path)
+                    "--metrics_config", metrics_config, "--metrics", "clip", "aesthetics", folder=tmp_path, PYTHON=python)
     folder, = (tmp_path / "vs").iterdir()
     assert {path.name for path in folder.iterdir()} == {"pair_clip.json", "pair_aesthetics.json", "summary.json", "report.html"}
     assert [row["total_pairs"] for row in json.loads((folder / "summary.json").read_text())["metrics"]] == [4, 4]

@@ -1,5 +1,7 @@
 """The contract that every model family keeps, on tiny pipelines of the real classes."""
 
+import functools
+import itertools
 import math
 import os
 import shutil
@@ -33,9 +35,9 @@ LOG_2 = torch.tensor(math.log(2.0)).item()
 
 
 @pytest.fixture(scope="module")
-def bases(tiny_sd15, tiny_sdxl, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
-    return {"sd15": tiny_sd15, "sdxl": tiny_sdxl} | {kind: build_flow_pipeline(folder / kind, kind) for kind in KINDS}
+def bases(tiny_sd15, tiny_sdxl, built_once):
+    flow = {kind: built_once(kind, functools.partial(build_flow_pipeline, kind=kind)) for kind in KINDS}
+    return {"sd15": tiny_sd15, "sdxl": tiny_sdxl} | flow
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +222,7 @@ def test_a_merged_lora_is_asked_for(kind, trained, bases):
     assert_same(pipeline.transformer.state_dict(), expected)
 
 
-@pytest.mark.parametrize("flags", [WHOLE, LORA], ids=["whole", "lora"])
-@pytest.mark.parametrize("kind", FAMILY_NAMES)
+@pytest.mark.parametrize("kind, flags", zip(FAMILY_NAMES, itertools.cycle([WHOLE, LORA])), ids=FAMILY_NAMES)
 def test_two_processes_are_one(kind, flags, trained):
     one = trained(kind, flags)
     two = trained(kind, flags, "--train_batch_size", 1, processes=2)

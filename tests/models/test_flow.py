@@ -1,5 +1,6 @@
 """Times, noising, shifts and safeguard of flow matching against the definitions; what the families refuse."""
 
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -24,9 +25,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flow")
-    return {kind: build_flow_pipeline(folder / kind, kind) for kind in KINDS}
+def bases(built_once):
+    return {kind: built_once(kind, functools.partial(build_flow_pipeline, kind=kind)) for kind in KINDS}
 
 
 def family_of(base, **options):

@@ -1,6 +1,5 @@
 """The training scripts: what they launch, and that their presets train."""
 
-import json
 import math
 import os
 import signal
@@ -26,22 +25,16 @@ SCALARS = {"implicit_acc_accumulated", "ref_mse_unaccumulated", "avg_win_diff_lo
 
 @pytest.fixture
 def recorder(tmp_path):
-    """A PYTHON that writes down the command that the script launches, and leaves the rest to the real one."""
-    record = tmp_path / "command.json"
-    program = tmp_path / "python"
-    program.write_text(f"""#!{sys.executable}
-import json, os, sys
-if "-c" == sys.argv[1] and "setsid" not in sys.argv[2]:
-    os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
-json.dump(sys.argv[1:], open({str(record)!r}, "w"))
-""")
+    """A PYTHON that writes down what the script asks of it last: the command that it launches."""
+    record, program = tmp_path / "command", tmp_path / "python"
+    program.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" > '{record}'\n")
     program.chmod(0o755)
 
     def launched(script: str, *flags, **environment) -> list[str]:
         ended = subprocess.run(["bash", script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=120,
                                env=os.environ | {"PYTHON": str(program)} | environment)
         assert ended.returncode == 0, ended.stderr
-        command = json.loads(record.read_text())
+        command = record.read_text().split("\0")[:-1]
         return command[command.index(str(program)) + 1:] if str(program) in command else command
 
     return launched
@@ -84,15 +77,6 @@ def test_several_machines_and_a_cache(recorder):
                             "--resolution", "64"]
 
 
-@pytest.mark.slow
-def test_a_published_script_trains(tiny_sdxl, pairs_dir, tmp_path, run):
-    output = tmp_path / "out"
-    result = run(["bash", "scripts/train/sdxl_diffusion_dpo.sh", "--pretrained_model_name_or_path", tiny_sdxl, "--train_data_dir",
-                  pairs_dir, "--output_dir", output, *SMALL, "--train_batch_size", 2, "--gradient_accumulation_steps", 2,
-                  "--max_train_steps", 1, "--seed", 0, "--pretrained_vae_model_name_or_path", tiny_sdxl / "vae"])
-    assert "4 pairs per step = 1 device(s) x 2 x 2 accumulated" in result.stdout and scalars(output)["train_loss"].keys() == {1}
-
-
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith(("sd15_", "sdxl_")) and not name.endswith("_spo")])
 def test_a_preset_trains_saves_and_draws(preset, request, pairs_dir, tmp_path, train_run):
     """Two steps with the published options, small models and pairs."""
@@ -126,24 +110,59 @@ def own_values(preset: str) -> list:
     return ["--beta_dpo", values.get("beta_dpo", 5000), *eight_bit]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_on_a_script_saves_and_exits_with_0(processes, tiny_sd15, pairs_dir, tmp_path):
-    """A terminal sends SIGINT to the whole foreground group: the script, and whatever shares its group."""
-    output = tmp_path / "out"
-    flags = ["--pretrained_model_name_or_path", tiny_sd15, "--train_data_dir", pairs_dir, "--output_dir", output, *SMALL,
-             "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_train_steps", 100_000, "--seed", 0]
-    with open(tmp_path / "log", "w+") as log:
-        script = subprocess.Popen(["bash", "scripts/train/sd15_diffusion_dpo.sh", *map(str, flags)], cwd=ROOT, stdout=log,
-                                  stderr=log, env=os.environ | {"NUM_PROCESSES": str(processes), "PYTHON": sys.executable}, start_new_session=True)
-        deadline = time.monotonic() + 180
-        metrics = output / "metrics.jsonl"
+def interrupt(script: str, flags: list, output: Path, **environment: str) -> str:
+    """Ctrl-C on a script after two steps, which must end it with 0: a terminal sends SIGINT to the whole foreground group,
+    the script and whatever shares its group. Returns what it printed."""
+    with open(output.with_suffix(".log"), "w+") as log:
+        started = subprocess.Popen(["bash", script, *map(str, flags), "--output_dir", output], cwd=ROOT, stdout=log, stderr=log,
+                                   env=os.environ | {"PYTHON": sys.executable} | environment, start_new_session=True)
+        metrics, deadline = output / "metrics.jsonl", time.monotonic() + 180
         while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
-            assert script.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            log.seek(0)
+            assert started.poll() is None and time.monotonic() < deadline, log.read()
             time.sleep(0.2)
-        os.killpg(script.pid, signal.SIGINT)
-        code = script.wait(timeout=60)
-    printed = (tmp_path / "log").read_text()
+        os.killpg(started.pid, signal.SIGINT)
+        code = started.wait(timeout=60)
+        log.seek(0)
+        printed = log.read()
     assert code == 0 and "Traceback" not in printed, printed
-    assert "stopping after this step with a checkpoint" in printed
     assert list(output.glob("checkpoint-*")), "it saved before the script ended"
+    return printed
+
+
+@pytest.mark.slow
+def test_a_published_script_trains_and_ctrl_c_on_it_saves_and_exits_with_0(tiny_sdxl, pairs_dir, tmp_path):
+    output = tmp_path / "out"
+    printed = interrupt("scripts/train/sdxl_diffusion_dpo.sh", [
+        "--pretrained_model_name_or_path", tiny_sdxl, "--train_data_dir", pairs_dir, *SMALL, "--train_batch_size", 2,
+        "--gradient_accumulation_steps", 2, "--max_train_steps", 100_000, "--seed", 0,
+        "--pretrained_vae_model_name_or_path", tiny_sdxl / "vae"], output, NUM_PROCESSES="1")
+    assert "4 pairs per step = 1 device(s) x 2 x 2 accumulated" in printed and scalars(output)["train_loss"].keys() >= {1, 2}
+    assert "stopping after this step with a checkpoint" in printed
+
+
+TRAINING = """
+import os, signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: Path(output, "checkpoint-" + os.environ["RANK"]).touch() or sys.exit(0))
+output = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+output.mkdir(exist_ok=True)
+with open(output / "metrics.jsonl", "a") as metrics:
+    print(file=metrics)
+time.sleep(180)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_every_process_of_a_launcher(tmp_path):
+    """The real launcher of two processes that stand for train.py's: each hears of it once, and the launcher waits for both."""
+    training, python = tmp_path / "training.py", tmp_path / "python"
+    training.write_text(TRAINING)
+    python.write_text(f"""#!/usr/bin/env bash
+words=("$@")
+if [ "$2" = accelerate.commands.launch ]; then words=("${{words[@]/#{ROOT}\/train.py/{training}}}"); fi
+exec {sys.executable} "${{words[@]}}"
+""")
+    python.chmod(0o755)
+    interrupt("scripts/train/sd15_diffusion_dpo.sh", [], tmp_path / "out", NUM_PROCESSES="2", PYTHON=str(python))
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-0", "checkpoint-1"}

@@ -1,6 +1,4 @@
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -10,8 +8,6 @@ from PIL import Image
 from shapes.drawing import parse
 from shapes.pairs import write_pairs
 from common.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_pairs_open_with_datasets_in_pick_a_pics_columns(tmp_path):
@@ -41,8 +37,6 @@ def test_no_pairs_is_refused(tmp_path):
         write_pairs(tmp_path, 0)
 
 
-def test_the_program(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "shapes.pairs", "--output", str(tmp_path / "out"), "--num_pairs", "3",
-                           "--seed", "5"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_program(tmp_path, program):
+    program("shapes.pairs", ["--output", tmp_path / "out", "--num_pairs", 3, "--seed", 5])
     assert list((tmp_path / "out").glob("*.parquet"))

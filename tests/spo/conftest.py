@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
+from tests.vocabulary import shorten
+
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "star")]
 
 
@@ -25,7 +27,7 @@ def judge(tmp_path_factory):
     torch.save(spm.state_dict(), folder / "spm.bin")
     torch.save({key: value[:1] if value.dim() > 1 else value for key, value in spm.state_dict().items()},
                folder / "other_size.bin")
-    return folder
+    return shorten(folder)
 
 
 @pytest.fixture

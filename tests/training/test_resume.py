@@ -1,11 +1,8 @@
 """A run that was stopped and continued ends as one that never was; one that was changed is told."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +12,6 @@ import pytest
 from common.errors import UserError
 from shapes.pairs import write_pairs
 from tests.runs import continue_from, equal, weights
-
-ROOT = Path(__file__).parents[2]
 
 
 def scalars(logs: list[dict]) -> list[tuple]:
@@ -95,10 +90,9 @@ def test_data_that_changed_under_the_same_name_is_told(train_run, tiny_sd15, tmp
 
 
 @pytest.mark.slow
-def test_torture_short_form():
+def test_torture_short_form(run):
     """scripts/torture.sh: SIGKILLs, signals, 20 damaged checkpoints and a full disk."""
-    result = subprocess.run(["bash", "scripts/torture.sh", "--short", "--kills", "2"], cwd=ROOT, capture_output=True,
-                            text=True, timeout=500,                            env=os.environ | {"PYTHON": sys.executable})
-    assert result.returncode == 0 and re.search(r"PASSED: 2 SIGKILLs, (\d+) of \1 runs bit-equal", result.stdout), (
+    result = run(["bash", "scripts/torture.sh", "--short", "--kills", "2"], timeout=500)
+    assert re.search(r"PASSED: 2 SIGKILLs, (\d+) of \1 runs bit-equal", result.stdout), (
         result.stdout[-3000:] + result.stderr[-3000:])
     assert "20 of 20 corrupted checkpoints recognised, full disk survived" in result.stdout
