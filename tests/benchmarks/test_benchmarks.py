@@ -1,7 +1,6 @@
 """The benchmarks run at tiny size, and print what their docs promise."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
