@@ -235,7 +235,7 @@ def measure(variant: str, options: StepOptions, train: TrainOptions, table: data
 
 
 def free_device(device: torch.device) -> None:
-    """Drop what is no longer used, and start counting the peak anew."""
+    """Drop what is no longer used, and start counting the peak again."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -11,7 +11,7 @@ from typing import Callable, NoReturn
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: the cause, then the remedy; what it quotes of a file, such as
+    """Something the user can put right. The message is one line: the cause, then the remedy; what it quotes of a file, such as
     a line break or a terminal's control character, is shown escaped."""
 
     def __init__(self, message: str):
@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` with line breaks, control characters and half characters escaped: what a file holds cannot move a cursor."""
+    """`text` with line breaks, control characters and lone surrogates escaped: what a file holds cannot move a cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -77,10 +77,10 @@ def run_program(main: Callable[[], int | None]) -> None:
 
 
 def fail(message: str, wait: float = 0.0) -> NoReturn:
-    """Tell an error and exit with code 1.
+    """Report an error and exit with code 1.
 
     Of several processes the launcher ends the others once one has exited: those that only follow another one's error,
-    or have the same, wait for that, so that the cause is told, and once.
+    or have the same, wait for that, so that the cause is reported, and once.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file and not wait >= 5.0:  # the launcher's report quotes it
@@ -105,7 +105,7 @@ def own_message(error: UserError) -> str:
 
 
 def lost_process(error: RuntimeError) -> str | None:
-    """What to tell when a collective failed because another process is gone or late; None for any other error."""
+    """What to report when a collective failed because another process is gone or late; None for any other error."""
     text = str(error)
     rank = os.environ.get("RANK", "0")
     if any(word in text for word in ("Timed out waiting", "timed out", "Timeout", "timeout")) and _is_collective(error):

@@ -15,8 +15,8 @@ _held: dict[Path, object] = {}  # folder -> open file: closing it gives the lock
 
 
 def hold(folder: str | os.PathLike, flag: str = "--output_dir") -> None:
-    """Hold `folder` until release(folder) or this process's end. Raises UserError where another process holds it. A folder that cannot be
-    written is nobody's, and left alone.
+    """Hold `folder` until release(folder) or this process's end; a folder that cannot be written is left alone. Raises UserError
+    where another process holds it.
 
     The lock is POSIX's (lockf), which data workers do not inherit, since they may outlive a killed run by seconds; flock, and
     the filelock package with it, would keep the folder from the run that continues it.
@@ -34,7 +34,7 @@ def hold(folder: str | os.PathLike, flag: str = "--output_dir") -> None:
         file.close()
         raise UserError(f"another program is at work in {folder}: wait until it ends, or choose another {flag}") from None
     except OSError as error:  # a file system without locks
-        warn(f"{folder} cannot be locked ({error.strerror}): see to it that no second program works there")
+        warn(f"{folder} cannot be locked ({error.strerror}): make sure that no second program works there")
     _held[path] = file
 
 

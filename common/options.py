@@ -165,7 +165,7 @@ def option_type(f: dataclasses.Field) -> tuple[type, tuple[str, ...], bool]:
 
 
 def help_text(f: dataclasses.Field) -> str:
-    """The help with the default, where there is one to tell."""
+    """The help, with the default where there is one."""
     default, text = default_text(f), declaration(f).help
     return (f"{text} ({default})" if default else text).replace("%", "%%")
 

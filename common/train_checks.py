@@ -118,7 +118,7 @@ def check_data_options(data: DataOptions, objective: ObjectiveOptions) -> None:
 
 
 def _warn_of_combinations(options: TrainOptions) -> None:
-    """What is ignored for a reason that no declaration tells."""
+    """What is ignored for a reason that no declaration gives."""
     model, data, optimizer = options.model, options.data, options.optimizer
     values = options.flat()
     defaults = {f.name: default_of(f) for group in options.groups() for f in fields(group)}

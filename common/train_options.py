@@ -46,7 +46,7 @@ class ModelOptions:
     timestep_shift: float | None = option(
         None, "s in sigma' = s sigma / (1 + (s - 1) sigma), above 1 for more noise (flow matching alone)", above=0,
         default_text="the base's static one; 1 where its sampler's depends on the size")
-    embedded_guidance: float = option(1.0, "guidance that policy and reference are told in training, where it is an input of "
+    embedded_guidance: float = option(1.0, "guidance given to policy and reference in training, where it is an input of "
                                       "the network; 1 keeps what was distilled", above=0)
     cache_dir: str | None = option(None, "where hub downloads are kept", free=True)
 
@@ -141,7 +141,7 @@ class ObjectiveOptions:
     winner_error_weight: float = option(0.0, "adds this much of the winners' own error to an objective of pairs", at_least=0,
                                         methods=PAIRWISE)
     reference_ema: float | None = option(None, "the reference follows the policy as a float32 moving average of this decay; by "
-                                               "default it stands still", above=0, below=1, methods=WITH_BETA)
+                                               "default it is fixed", above=0, below=1, methods=WITH_BETA)
     use_winner_preserving: bool = option(False, "the SDPO safeguard: scale the loser's gradient by lambda", methods=PAIRWISE)
     winner_preserving_mu: float | None = option(
         None, "the safeguard's strength; larger is more conservative", at_least=0, at_most=1, methods=PAIRWISE,

@@ -180,7 +180,7 @@ def encode_table(table: datasets.Dataset, columns: list[str], family: Family, da
     with writing(what, folder, "--cached_dataset"):
         if accelerator.is_main_process:
             print(f"Caching {len(table)} rows and {len(prompts)} prompts into {folder}", flush=True)
-            (folder / MANIFEST).unlink(missing_ok=True)  # a finished cache is unfinished while its rows are written anew
+            (folder / MANIFEST).unlink(missing_ok=True)  # a finished cache is unfinished while its rows are written again
             write_json(folder / PROMPTS, prompts)
             save_rows(table, columns, folder / ROWS)
     with writing(what, folder, "--cached_dataset"):

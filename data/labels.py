@@ -23,7 +23,7 @@ def ai_feedback_labels(table: datasets.Dataset, data: DataOptions, output_dir: P
     be used. (rows,) object.
 
     The processes share the rows and meet in files under OUTPUT_DIR/ai_feedback, so a restart scores only what is
-    missing. Raises UserError when the columns or the scorer cannot be had.
+    missing. Raises UserError when the columns are missing or the scorer cannot be loaded.
     """
     from eval.metrics import load_metric, metric_version
 

@@ -75,7 +75,7 @@ class PairDataset(torch.utils.data.Dataset):
         return int(self.pairs.index[index % len(self)])
 
     def faults(self, position: int, index: int, passed_over: int) -> list[dict]:
-        """Row, column and reason of the pairs that were passed over at a position."""
+        """Row, column and reason of the pairs that were skipped at a position."""
         draw, faults = self.draw(position), []
         for number in range(index, index + passed_over):
             try:

@@ -1,4 +1,4 @@
-"""The table of preference pairs: loading it, and what is told of its columns without reading an image."""
+"""The table of preference pairs: loading it, and what its columns say without reading an image."""
 
 import glob
 import hashlib
@@ -17,7 +17,7 @@ from data.layouts import find_layout
 
 
 def load_table(data: DataOptions, cache_dir: str | None = None) -> datasets.Dataset:
-    """The split named by the options, images still encoded. Raises UserError when it cannot be had."""
+    """The split named by the options, images still encoded. Raises UserError when it cannot be loaded."""
     source = data.source
     path = Path(source)
     if path.exists() and glob.escape(source) != source:

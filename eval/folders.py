@@ -112,7 +112,7 @@ def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
 
 
 def abandon_folder(group: Group) -> None:
-    """Leave nothing of a group whose first image could not be made: its settings would tell of a model that is not there."""
+    """Leave nothing of a group whose first image could not be made: its settings would name a model that is not there."""
     if any(path.name not in (SETTINGS_FILE, LOCK_FILE) for path in group.folder.iterdir()) or group.manifest.exists():
         return
     release(group.folder)
@@ -184,7 +184,7 @@ def publish(ready: Path) -> None:
 
 def finish_group(group: Group, record: dict, options: GenerateOptions) -> None:
     """STEM.zip, then the manifest, last of all. A manifest that already covers these prompts and more is kept; a
-    damaged one is written anew."""
+    damaged one is written again."""
     entries = [{"prompt": job.prompt, "gen_image_path": f"{group.stem}/{job.filename}", "raw_image_path": "",
                 "metadata": {**record, "index": job.index, "k": job.k, "image_seed": job.seed}}
                for job in group.jobs]

@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     read = read_images(pairs, options.image_size)
     faults = [f"{path}: {fault}" for path, fault in read.items() if isinstance(fault, str)]
     if faults and not options.skip_missing:
-        raise UserError(f"{len(faults)} of {len(read)} images cannot be read ({faults[0]}): mend them, or leave their pairs "
+        raise UserError(f"{len(faults)} of {len(read)} images cannot be read ({faults[0]}): repair them, or leave their pairs "
                         "out with --skip_missing")
     whole = [pair for pair in pairs if not any(isinstance(read[one.path], str) for one in pair)]
     kept = [(a, b) for a, b in whole if read[a.path][0] != read[b.path][0]]

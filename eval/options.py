@@ -57,7 +57,7 @@ class GenerateOptions:
     vae_tiling: bool = option(False, "decode in tiles, for small GPUs; seams differ slightly")
     compile: bool = option(False, "torch.compile the network: minutes at the start, then faster")
     batch_size: int | None = option(None, "images sampled together", at_least=1, default_text="8, SDXL 4")
-    overwrite: bool = option(False, "throw away what the folder holds and start anew")
+    overwrite: bool = option(False, "throw away what the folder holds and start over")
     no_zip: bool = option(False, "leave no STEM.zip")
     manifest_list: str | None = option(None, "write the manifests' paths here, one a line")
 

@@ -103,7 +103,7 @@ def open_manifest(path: Path, versions: dict[str, str]) -> ScoredManifest:
     manifest = ScoredManifest(path, group_name(path), images, versions)
     _, kept = read_scores(manifest.scores_path, versions)
     if not kept and manifest.scores_path.exists():
-        print(f"{manifest.scores_path} is no scores file of ours: scoring anew")
+        print(f"{manifest.scores_path} is no scores file of ours: scoring again")
     manifest.kept = {key: {name: score for name, score in scores.items() if name in versions}
                      for key, scores in kept.items()}
     return manifest

@@ -27,7 +27,7 @@ READ_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  
 def score_manifests(paths: list[str | Path], options: ScoringOptions) -> tuple[list[ScoredManifest], dict[str, str]]:
     """Score the images of every manifest and leave STEM_scores.json beside each.
 
-    Returns the manifests, scored, and the failures: metric -> why its model could not be had or run.
+    Returns the manifests, scored, and the failures: metric -> why its model could not be loaded or run.
 
     Raises:
         UserError: no manifest, or missing or unreadable images (listed and counted) without options.skip_missing.

@@ -127,12 +127,12 @@ def continuing(wanted: str | None) -> str:
     return "the same command continues from it" if again else "--resume_from_checkpoint latest continues from it"
 
 
-def starts_anew(wanted: str | None) -> bool:
+def starts_over(wanted: str | None) -> bool:
     return (wanted or "").strip().lower() in ("", "none")
 
 
 def choose_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
-    if starts_anew(wanted):
+    if starts_over(wanted):
         return None
     wanted = wanted.strip()
     if wanted != "latest":
@@ -151,5 +151,5 @@ def choose_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
         warn(f"{folder} is skipped: {problem}")
     if folders:
         raise UserError(f"none of the {len(folders)} checkpoints in {output_dir} can be used: name another --output_dir, or "
-                        "start anew with --resume_from_checkpoint none")
+                        "start over with --resume_from_checkpoint none")
     return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.progress import progress_bar
 from models.devices import agree
-from training.checkpoints import continuing, read_progress, starts_anew
+from training.checkpoints import continuing, read_progress, starts_over
 from training.curves import draw_curves
 from training.guards import NonfiniteGuard
 from training.optimizers import (effective_learning_rate, gradient_norm, make_optimizer, make_schedule, take_step,
@@ -119,7 +119,7 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
     model, optimizer = accelerator.prepare(task.trained, optimizer)
 
     # 2. Continue where a checkpoint ended, or start.
-    write_run_file(run, starts_anew(options.run.resume_from_checkpoint))
+    write_run_file(run, starts_over(options.run.resume_from_checkpoint))
     store_weights_once(accelerator, task.weights)
     checkpoint = find_checkpoint(run)
     record = read_progress(checkpoint)["record"] if checkpoint else {}

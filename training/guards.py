@@ -151,7 +151,7 @@ class BadPairs:
         self.pairs_seen = count_in(record, "pairs_seen", pairs_seen)
         self.bad_pairs = count_in(record, "bad_pairs")
         self.replaced: list[dict] = []  # this step's, on this process
-        self.places: list[list[tuple[int, int, int]]] = []  # of each micro-batch: position, index, passed over
+        self.places: list[list[tuple[int, int, int]]] = []  # of each micro-batch: position, index, how many were skipped
         self.log = EventLog(run.output_dir / BAD_DATA_FILE)
         if run.main:
             self.log.rewind("position", self.pairs_seen)

@@ -79,7 +79,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizerOptions, m
 
 def warmup_then_decay(step: int, warmup_steps: int, max_steps: int) -> float:
     """Share of the peak rate after `step` optimizer steps: logarithmic warm-up, then linear to 0. DeepSpeed's
-    WarmupDecayLR, whose warm-up is logarithmic unless told otherwise, and SPO's official program does not tell it."""
+    WarmupDecayLR, whose warm-up is logarithmic by default, which SPO's official program keeps."""
     if step < warmup_steps:
         return math.log(step + 1) / math.log(max(2, warmup_steps))
     return max(0, max_steps - step) / max(1, max_steps - warmup_steps)
@@ -101,5 +101,5 @@ def take_step(accelerator: Accelerator, optimizer, schedule, finite: bool) -> No
         if not accelerator.optimizer_step_was_skipped:  # fp16: the gradient overflowed, and the scaler has adapted
             schedule.step()
     elif accelerator.scaler is not None:
-        accelerator.scaler.update()  # it has seen these gradients, and is told that they are gone
+        accelerator.scaler.update()  # it has seen these gradients, which are gone now
     optimizer.zero_grad(set_to_none=True)

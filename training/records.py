@@ -45,7 +45,7 @@ class StepScalars:
 class MetricsFile:
     """OUTPUT_DIR/metrics.jsonl: one line of JSON an optimizer step, for plots and tables without a tracker.
 
-    A resumed run takes up after `first_step`: lines that an interrupted one wrote beyond it are dropped.
+    A resumed run continues after `first_step`: lines that an interrupted one wrote beyond it are dropped.
     """
 
     def __init__(self, output_dir: str | os.PathLike, first_step: int):
@@ -77,7 +77,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
 
 
 class EventLog:
-    """A file of JSON lines in output_dir, written by the main process, that a resumed run takes up where it resumes."""
+    """A file of JSON lines in output_dir, written by the main process, that a resumed run continues from where it resumes."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -129,7 +129,7 @@ def settings_of_run(output_dir: Path) -> dict | None:
             return settings
     except (OSError, ValueError, RecursionError):
         pass
-    warn(f"{output_dir / RUN_FILE} is missing or damaged; it is written anew")
+    warn(f"{output_dir / RUN_FILE} is missing or damaged; writing a new one")
     for folder in reversed(checkpoints):
         try:
             return read_progress(folder)["settings"]
@@ -163,16 +163,16 @@ def claim_output_dir(run: Run) -> None:
                         "--output_dir, or continue it changed with --allow_changed_resume")
 
 
-def write_run_file(run: Run, starts_anew: bool) -> None:
+def write_run_file(run: Run, starts_over: bool) -> None:
     """Create output_dir and its run.json, and hold it against other programs; what an earlier run left there is set aside
-    where this one starts anew. Every process must call this. Raises UserError, on all alike."""
+    where this one starts over. Every process must call this. Raises UserError, on all alike."""
     output_dir, problem = run.output_dir, None
     if run.main:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             hold(output_dir)
-            if starts_anew:
-                set_aside(output_dir, [path for name in RUN_OUTPUTS for path in output_dir.glob(name)], "Starting anew")
+            if starts_over:
+                set_aside(output_dir, [path for name in RUN_OUTPUTS for path in output_dir.glob(name)], "Starting over")
             write_json(output_dir / RUN_FILE, run.settings())
         except UserError as error:
             problem = str(error)

@@ -159,7 +159,7 @@ def save_checkpoint(run: Run, weights: WholeWeights | LoraWeights, model: nn.Mod
 # --- loading -----------------------------------------------------------------------------------------------------------
 
 def find_checkpoint(run: Run) -> Path | None:
-    """The checkpoint to resume: the named one, or the newest good one; None starts anew. Every process must call this,
+    """The checkpoint to resume: the named one, or the newest good one; None starts over. Every process must call this,
     the main one looks. Raises UserError, on all alike."""
     found, problem, wanted = None, None, run.options.run.resume_from_checkpoint
     if run.main:
@@ -223,7 +223,7 @@ def refuse_pickles(run: Run, folder: Path) -> None:
     """
     if any(folder.glob("custom_checkpoint_*.pkl")):
         raise UserError(f"{folder} is of an earlier version of SPO here, whose progress is not read any more: finish it with that "
-                        "version, or start anew with --resume_from_checkpoint none")
+                        "version, or start over with --resume_from_checkpoint none")
     states = folder / f"random_states_{run.accelerator.process_index}.pkl"
     if states.is_file():
         try:

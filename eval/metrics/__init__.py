@@ -155,7 +155,7 @@ def load_metric(name: str, device: str = "cpu", config: dict | str | os.PathLike
         config: a metrics.yaml, what read_config made of one, or None for configs/metrics.yaml.
 
     Raises:
-        UserError: an unknown name or setting, or weights that cannot be had or do not fit.
+        UserError: an unknown name or setting, or weights that cannot be loaded or do not fit.
     """
     name, cls = canonical_name(name), metric_class(name)
     settings = metric_settings(name, config)

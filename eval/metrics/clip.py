@@ -49,5 +49,5 @@ class CLIPScore(OpenCLIPMetric):
         except UserError:
             raise
         except Exception as error:  # open_clip and the hub raise a dozen kinds; all mean no such weights
-            raise UserError(f"CLIP's weights {pretrained} for {self.architecture} cannot be had: "
+            raise UserError(f"CLIP's weights {pretrained} for {self.architecture} cannot be loaded: "
                             f"{first_line(error)[:160]}") from None

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # pairs.sh PROMPTS --output my_pairs [flags]: preference pairs from nothing but prompts (a .txt of one a line, a .json, or a
 # name of prompts/): generates images, scores them and pairs them. Started again, it makes what is missing; with another
-# --rule, --min_gap or --vote it only pairs anew.
+# --rule, --min_gap or --vote it only makes new pairs.
 #   --models base[,RUN/unet.pth ...]   who draws (base: the base model itself)
 #   --images DIR                       where images and scores lie (OUTPUT_images)
 #   --rule, --min_gap, --vote          how they are paired: python -m eval.pairs --help

@@ -197,7 +197,7 @@ class Evil:
     ("hpsv2", {"evil": True}, "nothing in it was executed"),
     ("imagereward", {"evil": True}, "nothing in it was executed"),
     ("pickscore", {"settings": {"model": "nobody/nothing"}}, "cannot load PickScore"),
-    ("clip", {"settings": {"pretrained": "no_such_tag"}}, "cannot be had"),
+    ("clip", {"settings": {"pretrained": "no_such_tag"}}, "cannot be loaded"),
     ("clip", {"settings": {"architecture": "ViT-X"}}, "no architecture ViT-X"),
     ("hpsv2", {"settings": {"checkpoint": "xswu/HPSv2"}}, "no file or folder here"),
     ("pickscore", {"settings": {"image_size": 224}}, "set image_size: 64"),

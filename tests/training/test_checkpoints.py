@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from training.checkpoints import (PROGRESS, choose_checkpoint, continuing, fault, put_in_place, remove_leftovers, remove_older,
-                                  starts_anew, write_manifest)
+                                  starts_over, write_manifest)
 
 
 def make(output: Path, step: int, name: str | None = None) -> Path:
@@ -41,16 +41,16 @@ def test_the_newest_good_one_is_taken(tmp_path, capsys):
         choose_checkpoint("checkpoint-99", tmp_path)
 
 
-def test_hours_of_work_are_not_started_anew_in_silence(tmp_path):
+def test_hours_of_work_are_not_started_over_in_silence(tmp_path):
     (make(tmp_path, 4) / "manifest.json").unlink()
-    with pytest.raises(UserError, match="start anew with --resume_from_checkpoint none"):
+    with pytest.raises(UserError, match="start over with --resume_from_checkpoint none"):
         choose_checkpoint("latest", tmp_path)
     assert choose_checkpoint("latest", tmp_path / "new") is None
 
 
 def test_words_for_going_on():
     assert continuing("latest") == "the same command continues from it" != continuing("checkpoint-5")
-    assert starts_anew("none") and starts_anew(" None ") and starts_anew("") and starts_anew(None) and not starts_anew("latest")
+    assert starts_over("none") and starts_over(" None ") and starts_over("") and starts_over(None) and not starts_over("latest")
 
 
 def test_pruning_spares_the_newest_and_what_is_ahead(tmp_path):

@@ -33,13 +33,13 @@ def test_a_run_begun_anew_loses_nothing_of_the_earlier_one_and_takes_nothing_for
         make(tmp_path, step)
     for name in ("metrics.jsonl", "unet.pth", "mine.txt"):
         (tmp_path / name).write_text(name)
-    write_run_file(started("--allow_changed_resume"), starts_anew=True)
+    write_run_file(started("--allow_changed_resume"), starts_over=True)
     assert names(tmp_path) == [".lock", "mine.txt", "replaced-1", "run.json"]
     assert names(tmp_path / "replaced-1") == ["checkpoint-10", "checkpoint-5", "metrics.jsonl", "unet.pth"]
     assert choose_checkpoint("latest", tmp_path) is None
-    assert "Starting anew: 2 checkpoint(s)" in capsys.readouterr().out
+    assert "Starting over: 2 checkpoint(s)" in capsys.readouterr().out
     (tmp_path / "run.json").write_text("{}")
-    write_run_file(started(), starts_anew=True)
+    write_run_file(started(), starts_over=True)
     assert names(tmp_path / "replaced-2") == ["run.json"] and (tmp_path / "replaced-2" / "run.json").read_text() == "{}"
 
 
@@ -74,7 +74,7 @@ def test_a_setting_that_only_one_version_knows_counts_as_unchanged():
 def test_a_drawn_seed_is_the_runs_for_good(started, tmp_path):
     without = [flag for flag in FAKE if not flag.startswith("--seed")]
     first = start_run(parse_options([*without, f"--output_dir={tmp_path}"]), StopSignal())
-    make(tmp_path, 5), write_run_file(first, starts_anew=False)
+    make(tmp_path, 5), write_run_file(first, starts_over=False)
     second = start_run(parse_options([*without, f"--output_dir={tmp_path}"]), StopSignal())
     assert second.seed == first.seed != start_run(parse_options([*without, f"--output_dir={tmp_path}/new"]), StopSignal()).seed
 
@@ -96,7 +96,7 @@ def test_an_output_dir_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     run = start_run(parse_options([*FAKE, f"--output_dir={tmp_path / 'file' / 'run'}"]), StopSignal())
     with pytest.raises(UserError, match="cannot write to --output_dir"):
-        write_run_file(run, starts_anew=False)
+        write_run_file(run, starts_over=False)
 
 
 def test_what_this_machine_lacks_is_told(tmp_path):
@@ -108,6 +108,6 @@ def test_what_this_machine_lacks_is_told(tmp_path):
 
 
 def test_run_json_holds_what_identifies_the_run(started, tmp_path):
-    write_run_file(started("--beta_dpo=7"), starts_anew=False)
+    write_run_file(started("--beta_dpo=7"), starts_over=False)
     settings = json.loads((tmp_path / "run.json").read_text())
     assert settings["beta_dpo"] == 7.0 and settings["num_processes"] == 1 and "output_dir" not in settings
