@@ -1,9 +1,8 @@
 """What generation leaves on the disk: a folder of images for each prompt group, its settings, and the manifest beside it.
 
-An interrupted run goes on where it stopped: batches are written aside and renamed into place, the manifest comes last.
+An interrupted run goes on where it stopped: images are written aside and renamed into place, the manifest comes last.
 """
 
-import os
 import shutil
 import zipfile
 from dataclasses import dataclass, field
@@ -74,8 +73,8 @@ def plan_group(name: str, prompts: list[str], options: GenerateOptions) -> Group
 # --- before --------------------------------------------------------------------------------------------------------------
 
 def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
-    """Make a group's folder fit to go on in: its settings are written or compared, what an interruption left is
-    finished or thrown away. Raises UserError when it holds images of other settings."""
+    """Make a group's folder fit to go on in: its settings are written or compared, half an image that an
+    interruption left is thrown away. Raises UserError when it holds images of other settings."""
     make_folder(group.folder, "--output_dir")
     hold(group.folder)
     if overwrite:
@@ -94,7 +93,7 @@ def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
         before = {"empty_prompt": "encoded", "seed_per_prompt": False} | before  # folders from before these options
         changed = [f"{key} was {before.get(key)}, now {record[key]}" for key in record
                    if key not in RECORDED and before.get(key) != record[key]]
-        if changed and not any(path for kind in ("*.png", ".batch-*.ready") for path in group.folder.glob(kind)):
+        if changed and not any(group.folder.glob("*.png")):
             write_json(settings, record)  # it was begun with a mistake, and nothing was made
         elif changed:
             raise UserError(f"{group.folder} holds images of other settings ({'; '.join(changed[:3])}): choose another "
@@ -104,11 +103,8 @@ def prepare_folder(group: Group, record: dict, overwrite: bool) -> None:
                         "another --output_dir, or --overwrite them")
     else:
         write_json(settings, record)
-    for leftover in group.folder.glob(".batch-*"):
-        if leftover.suffix == ".ready":
-            publish(leftover)
-        else:
-            shutil.rmtree(leftover)
+    for leftover in group.folder.glob(".*.png.*.partial"):
+        leftover.unlink()
 
 
 def abandon_folder(group: Group) -> None:
@@ -139,13 +135,10 @@ def find_missing(group: Group) -> set[str]:
 # --- images --------------------------------------------------------------------------------------------------------------
 
 def write_image(image: Image.Image, prompt: str, path: Path) -> None:
-    """A PNG with the prompt in EXIF ImageDescription (UTF-8), on the disk when this returns."""
+    """A PNG with the prompt in EXIF ImageDescription (UTF-8)."""
     exif = Image.Exif()
     exif[IMAGE_DESCRIPTION] = prompt.encode()
-    with open(path, "wb") as file:
-        image.save(file, "PNG", exif=exif)
-        file.flush()
-        os.fsync(file.fileno())
+    image.save(path, "PNG", exif=exif)
 
 
 def read_prompt(path: Path) -> str | None:
@@ -158,26 +151,11 @@ def read_prompt(path: Path) -> str | None:
     return text.encode("latin-1").decode() if text is not None else None
 
 
-def write_batch(folder: Path, number: int, images: list[Image.Image], jobs: list[Job]) -> None:
-    """Write a batch aside, commit it by one rename, then move its images into place: killed anywhere, the folder never
-    shows half an image, and a batch is either whole (prepare_folder finishes the moving) or was never made."""
-    aside = folder / f".batch-{number}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        for image, job in zip(images, jobs):
-            write_image(image, job.prompt, aside / job.filename)
-        ready = aside.rename(aside.with_suffix(".ready"))
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    publish(ready)
-
-
-def publish(ready: Path) -> None:
-    for path in ready.iterdir():
-        os.replace(path, ready.parent / path.name)
-    ready.rmdir()
+def write_images(folder: Path, images: list[Image.Image], jobs: list[Job]) -> None:
+    """Write the images of a batch, each whole or absent wherever the program is killed."""
+    for image, job in zip(images, jobs):
+        with whole_file(folder / job.filename) as aside:
+            write_image(image, job.prompt, aside)
 
 
 # --- after ---------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import fingerprint, make_room, write_text
 from common.locks import release
 from common.progress import progress_bar
-from eval.folders import NAMES, Group, abandon_folder, find_missing, finish_group, plan_group, prepare_folder, write_batch
+from eval.folders import NAMES, Group, abandon_folder, find_missing, finish_group, plan_group, prepare_folder, write_images
 from eval.options import GenerateOptions
 from models.devices import COMPUTE_DTYPES
 from models.family import Family
@@ -195,19 +195,19 @@ def generate_group(group: Group, draw: Draw, options: GenerateOptions, state: Pa
     """
     size = options.batch_size
     cut = [group.jobs[start:start + size] for start in range(0, len(group.jobs), size)]
-    todo = [(number, batch) for number, batch in enumerate(cut) if any(job.filename in group.missing for job in batch)]
+    todo = [batch for batch in cut if any(job.filename in group.missing for job in batch)]
     mine = todo[state.process_index::state.num_processes]
     share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
-    total = sum(job.filename in group.missing for _, batch in mine for job in batch)
+    total = sum(job.filename in group.missing for batch in mine for job in batch)
     writing: Future | None = None
     with (ThreadPoolExecutor(1) as writer,
           progress_bar(total=total, desc=f"{group.name}{share}", unit=" images", disable=not state.is_main_process) as bar):
-        for number, batch in mine:
+        for batch in mine:
             images = draw([job.prompt for job in batch], [job.seed for job in batch])
             kept = [(image, job) for image, job in zip(images, batch) if job.filename in group.missing]
             if writing:
                 writing.result()  # a full disk stops the run here
-            writing = writer.submit(write_batch, group.folder, number, *zip(*kept))
+            writing = writer.submit(write_images, group.folder, *zip(*kept))
             bar.update(len(kept))
         if writing:
             writing.result()

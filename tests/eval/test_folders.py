@@ -239,20 +239,17 @@ def test_a_manifest_of_the_published_program_is_kept(generate, drawn, manifest, 
     assert not drawn and manifest.read_text() == "[]" and "exists" in capsys.readouterr().out
 
 
-def test_a_committed_batch_is_finished_and_a_partial_one_thrown_away(generate, folder, manifest):
+def test_finished_images_of_a_batch_are_kept_and_half_an_image_is_thrown_away(generate, folder, manifest):
     generate(batch_size=2)
     expected = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    finished = (folder / "2_64x64.png").stat().st_mtime_ns
     manifest.unlink()
-    (folder / ".batch-0.ready").mkdir()
-    (folder / "1_64x64.png").rename(folder / ".batch-0.ready" / "1_64x64.png")  # killed between two renames
-    committed = (folder / ".batch-0.ready" / "1_64x64.png").stat().st_mtime_ns
-    (folder / ".batch-1.partial").mkdir()
-    (folder / "3_64x64.png").unlink()
-    (folder / ".batch-1.partial" / "3_64x64.png").write_bytes(expected["3_64x64.png"][:100])
+    (folder / "3_64x64.png").unlink()  # killed between the two images of the second batch
+    (folder / ".3_64x64.png.x1.partial").write_bytes(expected["3_64x64.png"][:100])
     generate(batch_size=2)
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == expected
-    assert (folder / "1_64x64.png").stat().st_mtime_ns == committed
-    assert not list(folder.glob(".batch-*")) and manifest.exists()
+    assert (folder / "2_64x64.png").stat().st_mtime_ns == finished
+    assert not list(folder.glob("*.partial")) + list(folder.glob(".*.partial")) and manifest.exists()
 
 
 def test_a_batch_is_drawn_whole_whatever_is_missing_of_it(generate, drawn, folder):
@@ -278,8 +275,8 @@ def test_a_full_disk_leaves_finished_images(generate, folder, monkeypatch):
     monkeypatch.setattr(folders, "write_image", write_until_full)
     with pytest.raises(OSError, match="No space left"):
         generate(batch_size=2)
-    assert sorted(path.name for path in folder.glob("*.png")) == ["0_64x64.png", "1_64x64.png"]
-    assert not list(folder.glob(".batch-*"))
+    assert sorted(path.name for path in folder.glob("*.png")) == ["0_64x64.png", "1_64x64.png", "2_64x64.png"]
+    assert not list(folder.glob(".*.partial"))
 
 
 def test_a_size_that_the_base_cannot_take_is_refused(generate, family, monkeypatch):
