@@ -17,7 +17,7 @@ from training.curves import draw_curves
 from training.guards import NonfiniteGuard
 from training.optimizers import (effective_learning_rate, gradient_norm, make_optimizer, make_schedule, take_step,
                                  warn_of_tiny_rate)
-from training.records import MetricsFile, StepScalars, Throughput, peak_memory_gb, read_metrics
+from training.records import EventLog, StepScalars, Throughput, peak_memory_gb, read_metrics
 from training.run import Run, write_run_file
 from training.state import LoraWeights, WholeWeights, find_checkpoint, load_checkpoint, save_checkpoint, store_weights_once
 
@@ -141,7 +141,9 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
 
     # 3. The loop: one optimizer step a turn.
     now = _Progress(first_step, saved=first_step if checkpoint else -1, validated=first_step)
-    metrics, scalars = MetricsFile(run.output_dir, first_step), StepScalars()
+    metrics, scalars = EventLog(run.output_dir / "metrics.jsonl"), StepScalars()
+    if run.main:
+        metrics.rewind("step", first_step + 1)
     throughput = Throughput(run.pairs_per_step)
     bar = progress_bar(initial=first_step, total=task.max_steps or None, desc=task.name, unit="step",
                        disable=not accelerator.is_local_main_process)
@@ -171,7 +173,7 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
             accelerator.log(logs, step=now.step)
             if run.main:
                 warnings = {"warnings": run.warnings} if run.warnings else {}
-                metrics.append(now.step, logs | {"time": time.time() - now.started} | warnings)
+                metrics.write([{"step": now.step} | logs | {"time": time.time() - now.started} | warnings])
                 run.warnings = []
             bar.update()
             bar.set_postfix(shown_in_bar(logs), refresh=False)

@@ -1,4 +1,4 @@
-"""What a run writes down: scalars of an optimizer step, metrics.jsonl, events; and how fast it is."""
+"""What a run writes down: scalars of an optimizer step, lines of JSON; and how fast it is."""
 
 import json
 import os
@@ -42,40 +42,6 @@ class StepScalars:
         return scalars
 
 
-class MetricsFile:
-    """OUTPUT_DIR/metrics.jsonl: one line of JSON an optimizer step, for plots and tables without a tracker.
-
-    A resumed run continues after `first_step`: lines that an interrupted one wrote beyond it are dropped.
-    """
-
-    def __init__(self, output_dir: str | os.PathLike, first_step: int):
-        self.path, self.first_step, self.file = Path(output_dir) / "metrics.jsonl", first_step, None
-
-    def append(self, step: int, logs: dict[str, float]) -> None:
-        if self.file is None:
-            kept = [line for line in read_metrics(self.path) if line["step"] <= self.first_step]
-            self.file = open(self.path, "w", encoding="utf-8", buffering=1)
-            self.file.writelines(json.dumps(line) + "\n" for line in kept)
-        self.file.write(json.dumps({"step": step, **logs}) + "\n")
-
-
-def read_metrics(path: str | os.PathLike) -> list[dict]:
-    """The lines of a metrics.jsonl, without one that was cut short; [] where there is none."""
-    lines = []
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            lines.append(value)
-    return lines
-
-
 class EventLog:
     """A file of JSON lines in output_dir, written by the main process, that a resumed run continues from where it resumes."""
 
@@ -84,20 +50,36 @@ class EventLog:
 
     def rewind(self, key: str, end: int) -> None:
         """Forget the events whose `key` is not below `end`: they come again."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)[key] < end:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # a line that a killed process did not finish
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        if self.path.is_file():
+            kept = [event for event in read_events(self.path, key) if event[key] < end]
+            write_text(self.path, "".join(json.dumps(event) + "\n" for event in kept))
 
     def write(self, events: list[dict]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def read_events(path: str | os.PathLike, key: str) -> list[dict]:
+    """The lines that have a whole number under `key`: without one that a killed process did not finish. [] where there is no
+    such file."""
+    events = []
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict) and isinstance(event.get(key), int):
+            events.append(event)
+    return events
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """The lines of a run's metrics.jsonl, one an optimizer step."""
+    return read_events(path, "step")
 
 
 class Throughput:

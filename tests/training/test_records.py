@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from training.records import EventLog, MetricsFile, StepScalars, read_metrics
+from training.records import EventLog, StepScalars, read_metrics
 
 
 def test_event_log_forgets_what_comes_again(tmp_path):
@@ -21,13 +21,14 @@ def test_event_log_forgets_what_comes_again(tmp_path):
 
 
 def test_metrics_are_taken_up_after_the_first_step(tmp_path):
-    first = MetricsFile(tmp_path, 0)
+    metrics = EventLog(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3):
-        first.append(step, {"loss": step / 2})
+        metrics.write([{"step": step, "loss": step / 2}])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # killed here
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    MetricsFile(tmp_path, 2).append(3, {"loss": 9.0})
+    metrics.rewind("step", 3)
+    metrics.write([{"step": 3, "loss": 9.0}])
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 9.0}]
     assert read_metrics(tmp_path / "none.jsonl") == []
 
