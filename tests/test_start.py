@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "numpy", "scipy", "diffusers", "transformers", "datasets", "accelerate", "open_clip"}
+HEAVY = {"torch", "scipy", "diffusers", "transformers", "datasets", "accelerate", "open_clip"}
 CPU_SECONDS = 1.5
 
 # Runs a program as python FILE or python -m MODULE would, and writes down what it imported and how much time it took.

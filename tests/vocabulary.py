@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-LETTERS, MERGES = 512, 500  # the byte-pair encoding's alphabet, and how many of its 48,894 merges are kept
+LETTERS, MERGES = 512, 2200  # the byte-pair encoding's alphabet, and how many of its 48,894 merges are kept: common words
 
 
 def shorten(folder: Path) -> Path:
-    """Cut the CLIP tokenizers in a folder to a vocabulary of about a thousand; the words kept keep their numbers."""
+    """Cut the CLIP tokenizers in a folder to a vocabulary of some two thousand; the words kept keep their numbers."""
     for path in folder.rglob("tokenizer.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         model = content["model"]
