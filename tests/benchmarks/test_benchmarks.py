@@ -29,7 +29,7 @@ def test_encoders_have_the_published_sizes():
 
 @pytest.mark.slow
 def test_the_one_command_prints_the_step_s_table_and_the_ratio(tmp_path, run):
-    run(["bash", "scripts/benchmark.sh", "tiny"], OUTPUT=str(tmp_path))
+    run(["bash", "scripts/benchmark.sh", "tiny"], timeout=500, OUTPUT=str(tmp_path))
     tables = (tmp_path / "tables.md").read_text()
     assert "python -m benchmarks.safeguard --models tiny --micro_step_ms" in tables and "| batches of 2 |" in tables
     for row in ("| data |", "| vae |", "| text |", "| reference |", "| policy |", "| backward |", "| optimizer |", "| logging |",

@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from PIL import Image
 from common.errors import UserError
 from eval import generate, generation
 from eval.options import SD15, SDXL, GenerateOptions
+from tests.forge import Launch
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "naïve café in 東京", "<img src=x onerror=alert(1)>", "a dog & a \"hat\"", "a house"]
 STEM = "own_seed0_64x64_3s_7.5cfg"
 
@@ -121,18 +120,17 @@ def test_an_image_depends_on_neither_batch_nor_neighbours(tiny_sd15, weights, pr
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_an_unbroken_run(tiny_sd15, sd15_run, prompt_file, tmp_path, python):
+def test_killed_and_resumed_equals_an_unbroken_run(tiny_sd15, sd15_run, prompt_file, tmp_path, forge_server):
     prompts = tmp_path / "own.json"
     prompts.write_text(json.dumps([f"prompt {index}" for index in range(30)]))
-    command = [python, "-m", "eval.generate", *arguments(sd15_run, tiny_sd15, prompts, "--batch_size", 3)]
-    process = subprocess.Popen([*command, "--output_dir", str(tmp_path / "broken")], cwd=ROOT, env=dict(os.environ),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = arguments(sd15_run, tiny_sd15, prompts, "--batch_size", 3, "--output_dir", tmp_path / "broken")
+    [process] = forge_server.start(Launch(flags, "eval.generate"))
     folder = tmp_path / "broken" / STEM
     deadline = time.time() + 200
     while len(list(folder.glob("*.png"))) < 7 and time.time() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    assert forge_server.wait() == [-signal.SIGKILL]
     finished = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     assert 7 <= len(finished) < 30 and not (tmp_path / "broken" / f"{STEM}.json").exists()
     for path in folder.glob("*.png"):

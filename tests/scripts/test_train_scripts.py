@@ -116,7 +116,7 @@ def interrupt(script: str, flags: list, output: Path, **environment: str) -> str
     with open(output.with_suffix(".log"), "w+") as log:
         started = subprocess.Popen(["bash", script, *map(str, flags), "--output_dir", output], cwd=ROOT, stdout=log, stderr=log,
                                    env=os.environ | {"PYTHON": sys.executable} | environment, start_new_session=True)
-        metrics, deadline = output / "metrics.jsonl", time.monotonic() + 180
+        metrics, deadline = output / "metrics.jsonl", time.monotonic() + 300
         while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
             log.seek(0)
             assert started.poll() is None and time.monotonic() < deadline, log.read()
@@ -159,8 +159,8 @@ def test_ctrl_c_reaches_every_process_of_a_launcher(tmp_path):
     training, python = tmp_path / "training.py", tmp_path / "python"
     training.write_text(TRAINING)
     python.write_text(f"""#!/usr/bin/env bash
-words=("$@")
-if [ "$2" = accelerate.commands.launch ]; then words=("${{words[@]/#{ROOT}\/train.py/{training}}}"); fi
+words=()
+for word in "$@"; do [ "$word" = "{ROOT}/train.py" ] && [ "$2" = accelerate.commands.launch ] && word="{training}"; words+=("$word"); done
 exec {sys.executable} "${{words[@]}}"
 """)
     python.chmod(0o755)
