@@ -113,18 +113,16 @@ def own_values(preset: str) -> list:
 def interrupt(script: str, flags: list, output: Path, **environment: str) -> str:
     """Ctrl-C on a script after two steps, which must end it with 0: a terminal sends SIGINT to the whole foreground group,
     the script and whatever shares its group. Returns what it printed."""
-    with open(output.with_suffix(".log"), "w+") as log:
-        started = subprocess.Popen(["bash", script, *map(str, flags), "--output_dir", output], cwd=ROOT, stdout=log, stderr=log,
+    log, metrics = output.with_suffix(".log"), output / "metrics.jsonl"
+    with open(log, "w") as file:
+        started = subprocess.Popen(["bash", script, *map(str, flags), "--output_dir", output], cwd=ROOT, stdout=file, stderr=file,
                                    env=os.environ | {"PYTHON": sys.executable} | environment, start_new_session=True)
-        metrics, deadline = output / "metrics.jsonl", time.monotonic() + 300
-        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
-            log.seek(0)
-            assert started.poll() is None and time.monotonic() < deadline, log.read()
-            time.sleep(0.2)
-        os.killpg(started.pid, signal.SIGINT)
-        code = started.wait(timeout=60)
-        log.seek(0)
-        printed = log.read()
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
+        assert started.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    os.killpg(started.pid, signal.SIGINT)
+    code, printed = started.wait(timeout=200), log.read_text()
     assert code == 0 and "Traceback" not in printed, printed
     assert list(output.glob("checkpoint-*")), "it saved before the script ended"
     return printed
