@@ -46,9 +46,9 @@ def prepare(output: Path, seed: int) -> None:
         write_training_pairs(output / "pairs", NUM_PAIRS, seed)
     if not (output / "start").is_dir():
         torch.manual_seed(seed)
+        transformer = new_transformer()
         assemble_sd3(AutoencoderKL.from_pretrained(SHIPPED / "vae").float(),
-                     CLIPTextModel.from_pretrained(SHIPPED / "text_encoder").float(),
-                     new_transformer()).save_pretrained(output / "start")
+                     CLIPTextModel.from_pretrained(SHIPPED / "text_encoder").float(), transformer).save_pretrained(output / "start")
     cache(options_of(output, train_data_dir=output / "pairs"), CacheOptions(encode_batch_size=64))
 
 
