@@ -7,7 +7,9 @@ It reads from top to bottom: options, family, pairs, policy and reference, fit, 
 loop in training/fit.py.
 """
 
+import shlex
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
@@ -74,11 +76,18 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
             run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
             whole = family.backbone == "unet" and (options.model.merge_lora or not task.policy.lora)
             trained = run.output_dir / family.weights_file if whole else run.output_dir
-            run.say(f"Next: bash scripts/eval/test_{family.name}.sh {trained}")
+            run.say(f"Next: bash scripts/eval/test_{family.name}.sh {trained}{own_base(options, family)}")
             if options.run.push_to_hub and run.main:
                 from training.hub import push
                 run.say(f"Published at {push(options, family.license)}")
     return outcome
+
+
+def own_base(options: TrainOptions, family: "Family") -> str:
+    """What the evaluation has to be told of a base that is not the published one."""
+    base, side = options.model.pretrained_model_name_or_path, options.data.resolution
+    words = f" --pretrained_model_name_or_path {shlex.quote(base)}" if Path(base).exists() else ""
+    return words + (f" --height {side} --width {side}" if side != family.resolution else "")
 
 
 def duration(seconds: float) -> str:

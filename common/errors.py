@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Callable, NoReturn
@@ -23,10 +24,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message, for quoting another library's error inside ours."""
+def first_line(error: BaseException, longest: int = 1000) -> str:
+    """The first non-empty line of an error's message, up to a whole word, for quoting another library's error inside ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return textwrap.shorten(lines[0], longest, placeholder=" ...") if lines else type(error).__name__
 
 
 def quiet_libraries() -> None:
@@ -48,7 +49,7 @@ def write_fault(error: Exception, folder: Path) -> str:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     if shutil.disk_usage(existing).free < 2**20 or "No space left" in str(error):
         return "No space left on device"
-    return first_line(error)[:200]
+    return first_line(error, 200)
 
 
 def run_program(main: Callable[[], int | None]) -> None:
@@ -110,9 +111,9 @@ def lost_process(error: RuntimeError) -> str | None:
     rank = os.environ.get("RANK", "0")
     if any(word in text for word in ("Timed out waiting", "timed out", "Timeout", "timeout")) and _is_collective(error):
         return (f"process {rank} waited for another one for longer than --process_timeout, and gave up: one is stuck, "
-                f"or they disagree on the number of batches ({first_line(error)[:160]})")
+                f"or they disagree on the number of batches ({first_line(error, 160)})")
     if _is_collective(error):
-        return f"process {rank} lost the connection to another one, which has ended ({first_line(error)[:160]})"
+        return f"process {rank} lost the connection to another one, which has ended ({first_line(error, 160)})"
     return None
 
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -127,6 +128,9 @@ class _Parser(argparse.ArgumentParser):
         self.files = files
 
     def error(self, message: str) -> NoReturn:  # argparse's own prints every option's name first
+        wrong, _, choices = message.partition(" (choose from ")
+        near = difflib.get_close_matches(wrong.rpartition(": ")[2].strip("'"), re.findall(r"[\w.-]+", choices), n=1, cutoff=0.4)
+        message += f"; did you mean {near[0]}?" if near else ""
         where = f" (on the command line or in {', '.join(self.files)})" if self.files else ""
         raise UserError(f"{message}{where}; see --help")
 

@@ -145,7 +145,7 @@ class CachedDataset:
         try:
             return datasets.load_from_disk(str(self.folder / ROWS))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / ROWS} is missing or damaged ({first_line(error)[:150]}): delete "
+            raise UserError(f"{self.folder / ROWS} is missing or damaged ({first_line(error, 150)}): delete "
                             f"{MANIFEST} beside it and run data.cache again") from None
 
     def check_images(self, row: int, columns: list[str]) -> None:

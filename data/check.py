@@ -3,7 +3,7 @@
     python -m data.check DATASET [train.py's flags]
 
 DATASET is a hub id, a local folder or a file (or name it as train.py does). Reports how it was read (--sheet FILE.png shows
-the first pairs so); which pairs would be dropped, used with a remark, or replaced by their neighbour, and why; which
+some pairs so); which pairs would be dropped, used with a remark, or replaced by their neighbour, and why; which
 contradict each other; how labels and image sizes are spread; and, with --pretrained_model_name_or_path, how much of the
 captions its text encoder reads. Exits 1 where more than --max_bad_fraction of the pairs cannot be used.
 """
@@ -24,7 +24,8 @@ class CheckOptions:
     title = "the check"
 
     num_workers: int = option(min(8, os.cpu_count() or 1), "processes that read images", at_least=0)
-    sheet: str | None = option(None, "draw the first pairs, winners left, into this PNG")
+    sheet: str | None = option(None, "draw pairs, winners left, into this PNG")
+    sheet_pairs: int = option(12, "how many it shows, spread over the dataset", at_least=1)
     report: str | None = option(None, "write each pair that cannot be used to this file, as a line of JSON")
 
 
@@ -47,7 +48,7 @@ def main() -> None:
         family = open_family(options.model)
     quiet_libraries()
     from data.look import look
-    look(options, family, own.num_workers, own.report, own.sheet)
+    look(options, family, own.num_workers, own.report, own.sheet, own.sheet_pairs)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,16 @@ def read_pair_folders(folder: Path) -> datasets.Dataset:
                   ["chosen", "rejected"], folder)
 
 
+def listing_in(folder: Path) -> Path | None:
+    """The one listing that a folder of images holds; None where there is none, where `datasets` has its own reading of the
+    folder (metadata files, parquet), or where there are several."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if any(path.stem == "metadata" for path in files) or any(folder.rglob("*.parquet")):
+        return None
+    found = [path for path in files if path.suffix.lower() in LISTINGS]
+    return found[0] if len(found) == 1 else None
+
+
 def read_listing(path: Path) -> datasets.Dataset:
     """A JSONL or CSV file as a table; a column whose first value is an image's path holds images, relative paths counting
     from the file's folder. Raises UserError."""
@@ -85,7 +95,10 @@ def _read_text(path: Path) -> str:
 def _csv_rows(path: Path) -> list[dict]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey="", strict=True)
+            header = file.readline()
+            file.seek(0)
+            delimiter = next((mark for mark in ",;\t" if mark in header), ",")  # spreadsheets write each of them
+            reader = csv.DictReader(file, restkey="", strict=True, delimiter=delimiter)
             rows = list(reader)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
@@ -121,4 +134,4 @@ def _table(columns: dict[str, list], images: list[str], source: Path) -> dataset
             table = table.add_column(name, cells, feature=PATHS)
         return table
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, UnicodeEncodeError, TypeError, ValueError) as error:
-        raise UserError(f"{source}: a column holds values of several kinds ({first_line(error)[:150]})") from None
+        raise UserError(f"{source}: a column holds values of several kinds ({first_line(error, 150)})") from None

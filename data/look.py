@@ -52,7 +52,7 @@ class CheckedPairs(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> PairReport:
         report = PairReport(self.dataset.row(index))
         try:
-            self.dataset.read(index, self.dataset.draw(index))
+            pixels = self.dataset.read(index, self.dataset.draw(index))["pixel_values"]
         except BadPair as error:
             report.fault = error.column, error.reason
             return report
@@ -71,13 +71,16 @@ class CheckedPairs(torch.utils.data.Dataset):
             mode, size = mode_and_size(encoded)
             report.sizes.append(size)
             if mode != "RGB":
-                report.remarks.append(f"{mode} image, converted to RGB")
+                report.remarks.append(f"{mode} image, converted to RGB" + ", over white where transparent" * (mode[-1] in "Aa"))
+        report.remarks += ["an image is one flat colour"] * any(image.amin((1, 2)).equal(image.amax((1, 2))) for image in pixels)
+        if len(pixels) == 2 and torch.equal(*pixels):
+            report.remarks.append("the same picture twice, in two files: there is nothing to prefer")
         report.content = sha.digest()
         return report
 
 
 def look(options: TrainOptions, family: Family | None, workers: int, report_file: str | None,
-         sheet: str | None = None) -> None:
+         sheet: str | None = None, sheet_pairs: int = 12) -> None:
     """Look through the pairs that the options name and print what is found. Raises UserError for too many bad pairs."""
     data = options.data
     resolution = data.resolution or (family.training_resolution if family else 512)
@@ -88,11 +91,12 @@ def look(options: TrainOptions, family: Family | None, workers: int, report_file
     for note in pairs.notes:
         print(f"  {note}")
     if sheet:
-        print(f"  {write_sheet(pairs, sheet)} of them are drawn in {sheet}")
+        print(f"  {write_sheet(pairs, sheet, sheet_pairs)} of them are drawn in {sheet}")
     reports = look_through(pairs, data, workers, winners_only)
     bad = [report for report in reports if report.fault]
     used = [report for report in reports if not report.fault]
-    print(*balance(pairs), *sizes(used, resolution), *opposed(pairs), sep="\n")
+    assumed = "" if data.resolution or family else " (assumed: name the base with --pretrained_model_name_or_path)"
+    print(*balance(pairs), *sizes(used, resolution, assumed), *opposed(pairs), sep="\n")
     if family:
         print(*truncated(used, family), sep="\n")
     remarks = [(remark, report.row) for report in used for remark in report.remarks]
@@ -110,7 +114,8 @@ def look(options: TrainOptions, family: Family | None, workers: int, report_file
 
 
 def look_through(pairs: PairTable, data: DataOptions, workers: int, winners_only: bool = False) -> list[PairReport]:
-    quick = DataOptions(**vars(data) | {"resolution": DECODED_AT, "proportion_empty_prompts": 0.0, "random_crop": False})
+    quick = DataOptions(**vars(data) | {"resolution": DECODED_AT, "proportion_empty_prompts": 0.0, "random_crop": False,
+                                         "no_hflip": True})
     loader = torch.utils.data.DataLoader(CheckedPairs(pairs, quick, winners_only), batch_size=32, collate_fn=list,
                                          num_workers=workers)
     bar = progress_bar(total=len(pairs), unit="pair", desc="checking")
@@ -135,15 +140,15 @@ def balance(pairs: PairTable) -> list[str]:
     return [f"Labels: image 0 wins {int(pairs.first_wins.sum())} of {len(pairs)} pairs ({pairs.first_wins.mean():.1%})"]
 
 
-def sizes(reports: list[PairReport], resolution: int) -> list[str]:
+def sizes(reports: list[PairReport], resolution: int, assumed: str = "") -> list[str]:
     """The images' short sides against the resolution that they are resized to."""
     short = np.array([min(size) for report in reports for size in report.sizes])
     if not len(short):
         return []
     smaller = int((short < resolution).sum())
     common = ", ".join(f"{w}x{h} ({n})" for (w, h), n in Counter(s for r in reports for s in r.sizes).most_common(3))
-    enlarged = (f"{smaller} of {len(short)} are enlarged for --resolution {resolution}: details are made up" if smaller else
-                f"none is enlarged for --resolution {resolution}")
+    enlarged = (f"{smaller} of {len(short)} are enlarged for --resolution {resolution}{assumed}: details are made up" if smaller
+                else f"none is enlarged for --resolution {resolution}{assumed}")
     return [f"Images: short sides {short.min()} to {short.max()} pixels, median {int(np.median(short))}; most are {common}; "
             f"{enlarged}"]
 

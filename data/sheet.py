@@ -1,29 +1,27 @@
-"""The first pairs of a dataset as one picture, winner left and loser right, to see whether they were read as they are meant."""
+"""Some pairs of a dataset as one picture, winner left and loser right, to see whether they were read as they are meant."""
 
 import io
 import os
 import textwrap
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from common.files import write_bytes
 from data.bad_pairs import BadPair, decode_images, read_caption, read_row
 from data.choosing import PairTable
 
 SIDE, GAP, LINE, CAPTION_LINES = 192, 8, 14, 2
-PAIRS, PAIRS_IN_A_ROW = 12, 3
+PAIRS_IN_A_ROW = 3
 
 
-def write_sheet(pairs: PairTable, path: str | os.PathLike) -> int:
-    """A PNG of the first pairs that can be read, captions below them; returns how many it shows."""
+def write_sheet(pairs: PairTable, path: str | os.PathLike, count: int = 12) -> int:
+    """A PNG of `count` pairs, spread evenly over the dataset, captions below them; returns how many could be read."""
     tiles = []
-    for index in range(len(pairs)):
+    for index in sorted({place * len(pairs) // count for place in range(count)}):
         try:
             tiles.append(draw_pair(pairs, index))
         except BadPair:
             continue
-        if len(tiles) == PAIRS:
-            break
     width, height = tiles[0].size if tiles else (SIDE, SIDE)
     in_a_row = min(PAIRS_IN_A_ROW, max(len(tiles), 1))
     rows = max(-(-len(tiles) // in_a_row), 1)
@@ -47,6 +45,7 @@ def draw_pair(pairs: PairTable, index: int) -> Image.Image:
     draw = ImageDraw.Draw(tile)
     for place, (image, column, word) in enumerate(zip(images, columns, words)):
         image.thumbnail((SIDE, SIDE))
+        image = ImageOps.scale(image, SIDE // max(image.size), Image.Resampling.NEAREST)  # small ones are to be seen, too
         tile.paste(image, (place * SIDE + (SIDE - image.width) // 2, LINE + (SIDE - image.height) // 2))
         green = word in ("wins", "liked")
         draw.text((place * SIDE + 4, 1), f"{column} {word}"[:30], fill=(0, 110, 40) if green else (150, 30, 30))

@@ -12,7 +12,7 @@ import pyarrow.compute
 
 from common.errors import UserError, first_line
 from common.train_options import DataOptions
-from data.files import LISTINGS, has_pair_folders, read_listing, read_pair_folders
+from data.files import LISTINGS, has_pair_folders, listing_in, read_listing, read_pair_folders
 from data.layouts import find_layout
 
 
@@ -32,6 +32,9 @@ def load_table(data: DataOptions, cache_dir: str | None = None) -> datasets.Data
         elif path.is_dir() and has_pair_folders(path):
             check_only_split(data)
             table = read_pair_folders(path)
+        elif path.is_dir() and (listing := listing_in(path)):
+            check_only_split(data)
+            table = read_listing(listing)
         elif path.is_file() and path.suffix.lower() in LISTINGS:
             check_only_split(data)
             table = read_listing(path)
@@ -52,7 +55,7 @@ def load_table(data: DataOptions, cache_dir: str | None = None) -> datasets.Data
         raise UserError(f"{source} has no split '{data.split}': choose one with --split") from None
     except Exception as error:  # datasets and its readers raise many kinds; each is a fault of the named dataset
         raise UserError(f"cannot load the dataset {source}: no such folder here, or the hub does not give it or cannot "
-                        f"be reached ({type(error).__name__}: {first_line(error)[:200]})") from None
+                        f"be reached ({type(error).__name__}: {first_line(error, 200)})") from None
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))

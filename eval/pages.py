@@ -27,11 +27,12 @@ def write_page(path: Path, template: str, **content) -> Path:
 
 
 def thumbnail(data: bytes, side: int = THUMBNAIL) -> bytes:
-    """A JPEG of at most `side` pixels. Raises BadImage."""
+    """A JPEG of at most `side` pixels, of a small image without visible loss. Raises BadImage."""
     image = decode_image(data)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=QUALITY)
+    small = {"quality": 98, "subsampling": 0} if max(image.size) <= side // 2 else {"quality": QUALITY}
+    image.save(jpeg, "JPEG", **small)
     return jpeg.getvalue()
 
 

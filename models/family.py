@@ -176,7 +176,7 @@ def _from_hub(base: str, revision: str | None, cache_dir: str | None) -> str:
                         f"https://huggingface.co/{base}, then `hf auth login`") from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"no base model {base}: no such folder here, and the hub gave no such model or cannot be reached "
-                        f"({first_line(error)[:160]})") from None
+                        f"({first_line(error, 160)})") from None
 
 
 def unpacked(options: ModelOptions) -> ModelOptions:

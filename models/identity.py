@@ -44,5 +44,5 @@ def hub_commit(name: str, subfolder: str | None, revision: str | None, cache_dir
             if path in list_repo_files(name, revision=revision):
                 return Path(hf_hub_download(name, path, revision=revision, cache_dir=cache_dir)).parts[-3 if subfolder else -2]
     except Exception as error:  # the network's and the hub's failures are of many kinds
-        raise UserError(f"cannot tell which version of {name} the hub gives ({first_line(error)[:160]})") from None
+        raise UserError(f"cannot tell which version of {name} the hub gives ({first_line(error, 160)})") from None
     raise UserError(f"the hub's {name} has no {subfolder or 'config.json'}")

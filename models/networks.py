@@ -123,10 +123,10 @@ def _from_hub_id(family: Family, name: str, dtype: torch.dtype) -> torch.nn.Modu
         path = hf_hub_download(name, filename, cache_dir=cache_dir) if filename else None
     except LocalEntryNotFoundError as error:
         raise UserError(f"no file or folder {name} here, and the hub cannot be reached for it "
-                        f"({first_line(error)[:120]})") from None
+                        f"({first_line(error, 120)})") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"no file or folder {name} here, and the hub does not give it "
-                        f"({first_line(error)[:160]})") from None
+                        f"({first_line(error, 160)})") from None
     if path is None:
         raise UserError(f"the hub's {name} holds neither a {family.backbone} nor one file of LoRA weights ({LORA_FILE})")
     network = load_network(family)

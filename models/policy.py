@@ -131,7 +131,7 @@ def add_adapter(network: nn.Module, family: Family) -> None:
         network.add_adapter(config)
     except ValueError as error:  # peft's, for a name that no module has or one that is no layer
         raise UserError(f"--lora_targets {' '.join(options.lora_targets)} does not fit {family.label} "
-                        f"({first_line(error)[:200]}): name layers as {' '.join(family.lora_targets)} does") from None
+                        f"({first_line(error, 200)}): name layers as {' '.join(family.lora_targets)} does") from None
     cast_training_params(network, torch.float32)
 
 

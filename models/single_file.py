@@ -27,7 +27,7 @@ def as_folder(path: Path, cache_dir: str | None = None) -> Path:
         except UserError:
             raise
         except Exception as error:  # diffusers' readers raise many kinds
-            raise UserError(f"{path} cannot be opened as a checkpoint file ({first_line(error)[:160]}): it holds weights alone, and its "
+            raise UserError(f"{path} cannot be opened as a checkpoint file ({first_line(error, 160)}): it holds weights alone, and its "
                             "configs come from the hub on the first call; without a network give a diffusers folder") from None
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)

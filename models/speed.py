@@ -26,7 +26,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # inductor's back ends raise many kinds, each for a tool that this machine lacks
-        raise UserError(f"--compile: this machine cannot compile ({type(error).__name__}: {first_line(error)[:200]}); "
+        raise UserError(f"--compile: this machine cannot compile ({type(error).__name__}: {first_line(error, 200)}); "
                         "drop --compile") from None
 
 

@@ -70,4 +70,4 @@ def from_hub(model_class, name: str | os.PathLike, what: str, method: str = "fro
         subfolder = kwargs.get("subfolder")
         where = f"{name} ({subfolder})" if subfolder else f"{name}"
         raise UserError(f"cannot load {what} from {where}: no such folder here, and the hub gave no such model or "
-                        f"cannot be reached ({first_line(error)[:200]})") from None
+                        f"cannot be reached ({first_line(error, 200)})") from None

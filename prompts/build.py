@@ -126,9 +126,9 @@ def build(group: str, source: str | None, output: Path) -> list[str]:
         raise
     except Exception as error:
         if source is not None:
-            raise UserError(f"{source} cannot be read as a source of {group}: {first_line(error)[:200]}") from error
+            raise UserError(f"{source} cannot be read as a source of {group}: {first_line(error, 200)}") from error
         # the hub's and the network's failures are of many kinds
-        raise UserError(f"{group} cannot be downloaded ({first_line(error)[:120]}): fetch it on another machine and "
+        raise UserError(f"{group} cannot be downloaded ({first_line(error, 120)}): fetch it on another machine and "
                         f"give it with `python -m prompts.build {group} --source FILE_OR_FOLDER`") from error
     if not prompts:
         raise UserError(f"{source or group} holds no prompt")

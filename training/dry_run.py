@@ -12,6 +12,7 @@ from training.fit import Task, fit
 from training.run import Run
 
 STEPS = 2
+MANY_PASSES = 100  # over the data, more of which the report advises against
 MOST_ACCUMULATED = 2  # micro-steps of a measured step: more of them take longer and no more memory
 GIB = 2**30
 
@@ -78,7 +79,7 @@ def report(task: Task, run: Run, family: Family, peak: float, step_time: float, 
                               "validation aside")
         lines["disk"] = disk(task, run)
     lines |= {name: found for name, advice in (("less memory", what_lowers_memory(task, run, family)),
-                                               ("less time", what_lowers_time(run)), ("less disk", what_lowers_disk(task, run)))
+                                               ("less time", what_lowers_time(task, run)), ("less disk", what_lowers_disk(task, run)))
               if (found := "; ".join(advice))}
     return ["Dry run", *(f"  {name:<11} {text}" for name, text in lines.items())]
 
@@ -158,8 +159,14 @@ def what_lowers_memory(task: Task, run: Run, family: Family) -> list[str]:
     return found
 
 
-def what_lowers_time(run: Run) -> list[str]:
+def what_lowers_time(task: Task, run: Run) -> list[str]:
     options, found = run.options, []
+    pairs, devices = len(getattr(task, "dataset", ())), run.accelerator.num_processes * options.optimizer.train_batch_size
+    passes = task.max_steps * run.pairs_per_step / pairs if pairs else 0
+    if passes > MANY_PASSES:
+        micro_steps = max(1, pairs // 8 // devices)
+        found.append(f"--gradient_accumulation_steps {micro_steps} --max_train_steps {max(1, 10 * pairs // (micro_steps * devices))} "
+                     f"(10 passes over the {pairs} pairs; these are {passes:.0f})")
     cuda = run.device.type == "cuda"
     if cuda and options.memory.mixed_precision == "no":
         found.append("--mixed_precision bf16")

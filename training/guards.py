@@ -54,26 +54,30 @@ class RunningMean:
 
 
 class Watch:
-    """Warns of the papers' pathology, a winner's error above the reference's, of margins that saturate, and of a safeguard
-    that never acts.
+    """Warns of the papers' pathology, a winner's error above the reference's, of margins that saturate, of a safeguard that
+    never acts, and of one that leaves little but fine-tuning on winners.
 
-    A warning is repeated when its value has doubled.
+    The first two are repeated when their value has doubled.
     """
 
+    LOSS_OF_TUNING = 2 * math.log(2.0)  # the first step's twice: pairs are ranked wrong, by large margins
     SPAN, FIRST = 50, 20  # optimizer steps that are averaged, and the first at which a warning may come
 
     def __init__(self, winner_rise: float, margin: float, safeguarded: bool = False):
-        self.rise_bound, self.margin_bound = winner_rise, margin
+        self.rise_bound, self.margin_bound = self.rise_asked, self.margin_asked = winner_rise, margin
         self.idle = 0 if safeguarded else None  # steps since the start in which lambda was 1; None: it acted, or is off
-        self.winner, self.reference, self.margin_square = (RunningMean(self.SPAN) for _ in range(3))
+        self.tuning_told = False
+        self.winner, self.loser, self.reference, self.margin_square, self.loss = (RunningMean(self.SPAN) for _ in range(5))
 
     def __call__(self, step: int, logs: dict[str, float]) -> list[str]:
         """The warnings of an optimizer step, from its averaged scalars."""
         if "margin_std" not in logs or not all(map(math.isfinite, logs.values())):
             return []
         warnings = []
-        rise = self.winner.add(logs.get("avg_win_diff_loss", 0.0))
-        rise /= max(self.reference.add(logs.get("ref_mse_unaccumulated", 1.0)), 1e-12)
+        winner, loser = (mean.add(logs.get(name, 0.0)) for mean, name in (
+            (self.winner, "avg_win_diff_loss"), (self.loser, "avg_lose_diff_loss")))
+        loss = self.loss.add(logs.get("train_loss", 0.0))
+        rise = winner / max(self.reference.add(logs.get("ref_mse_unaccumulated", 1.0)), 1e-12)
         margin = self.margin_square.add(logs["margin_mean"] ** 2 + logs["margin_std"] ** 2) ** 0.5
         if self.idle is not None:
             self.idle = self.idle + 1 if logs["avg_lose_l_scale"] == 1.0 else None
@@ -86,13 +90,21 @@ class Watch:
         if rise > self.rise_bound:
             warnings.append(
                 f"step {step}: the winners' denoising error is {rise:.1%} above the reference's (--watch_winner_rise "
-                f"{self.rise_bound:g}): images get worse while the preference is learned. Try --use_winner_preserving "
+                f"{self.rise_asked:g}): images get worse while the preference is learned. Try --use_winner_preserving "
                 "with a larger --winner_preserving_mu, a lower --learning_rate, or an earlier checkpoint")
             self.rise_bound = 2 * rise
+        if (not self.tuning_told and logs.get("avg_lose_l_scale", 1.0) < 1.0 and loss > self.LOSS_OF_TUNING
+                and loser < 0.5 * winner < 0.0):
+            warnings.append(
+                f"step {step}: the loss is {loss:.3g}, far above the first step's, and the losers' error falls with the winners' "
+                f"({loser:+.3g}, {winner:+.3g}): the safeguard leaves little but fine-tuning on the winners, as where pairs are "
+                "far from what the base draws. Train on the winners first (--train_method sft), then from that result "
+                "(--unet_init); or try a lower --beta_dpo or --learning_rate")
+            self.tuning_told = True
         if margin > self.margin_bound:
             warnings.append(
                 f"step {step}: margins have a root mean square of {margin:.3g} logits (--watch_margin "
-                f"{self.margin_bound:g}), where the sigmoid is flat: pairs that are ranked right teach nothing any more, "
+                f"{self.margin_asked:g}), where the sigmoid is flat: pairs that are ranked right teach nothing any more, "
                 "the others pull with full force. Try a lower --learning_rate or --beta_dpo, or stop at an earlier "
                 "checkpoint")
             self.margin_bound = 2 * margin

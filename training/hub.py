@@ -61,6 +61,6 @@ def push(options: TrainOptions, license: str) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"{options.objective.train_method} training",
                           ignore_patterns=["checkpoint-*", ".*", f"{options.run.logging_dir}/*"])
     except Exception as error:  # the network's and the hub's failures are of many kinds
-        raise UserError(f"the run is complete in {folder}, but could not be pushed to {name}: {first_line(error)[:200]}"
+        raise UserError(f"the run is complete in {folder}, but could not be pushed to {name}: {first_line(error, 200)}"
                         " (log in with `hf auth login`)") from None
     return f"https://huggingface.co/{repository}"

@@ -20,6 +20,7 @@ from data.table import content_digest, load_table
 from losses import LossConfig, kto_reference_point, preference_loss
 from models.family import Family, Text
 from models.policy import MovingReference, Policy, load_policy
+from training.defaults import PUBLISHED_BATCH
 from training.fit import StepLoss
 from training.guards import Watch
 from training.optimizers import effective_learning_rate
@@ -28,6 +29,8 @@ from training.run import Run
 from training.state import LoraWeights, WeightsAndReference, WholeWeights, sharded
 from training.stored_pairs import StoredPairs
 from training.validation import Validation
+
+FEW_PAIRS = 8  # a step of fewer, at the rate published for 2048, is warned of
 
 
 class PreferenceTask(StoredPairs):
@@ -57,6 +60,10 @@ class PreferenceTask(StoredPairs):
         if run.pairs_per_step > len(pairs):
             warn(f"a step takes {run.pairs_per_step} pairs, and there are {len(pairs)}: lower --gradient_accumulation_steps "
                  "or --train_batch_size")
+        if run.pairs_per_step < FEW_PAIRS and not policy.lora and not family.flow and "learning_rate" not in options.given:
+            warn(f"{run.pairs_per_step} pair{'s' * (run.pairs_per_step > 1)} a step at the rate published for "
+                 f"{PUBLISHED_BATCH}: the gradient is mostly noise. Raise --gradient_accumulation_steps, or lower "
+                 "--learning_rate")
 
     # --- a step ----------------------------------------------------------------------------------------------------------
 

@@ -211,7 +211,7 @@ def load_checkpoint(run: Run, schedule, folder: Path) -> int:
     except UserError:
         raise
     except Exception as error:  # torch, accelerate and the optimizers raise many kinds for a state that does not fit
-        raise UserError(f"{folder} cannot be resumed: {type(error).__name__}: {first_line(error)[:300]}") from None
+        raise UserError(f"{folder} cannot be resumed: {type(error).__name__}: {first_line(error, 300)}") from None
     return progress["step"]
 
 

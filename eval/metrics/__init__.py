@@ -59,7 +59,7 @@ def metric_class(name: str) -> "type[Metric]":
     try:
         cls = getattr(importlib.import_module(known.module), known.name)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise UserError(f"{name}: the class {known.module}:{known.name} cannot be imported ({first_line(error)[:200]}): its "
+        raise UserError(f"{name}: the class {known.module}:{known.name} cannot be imported ({first_line(error, 200)}): its "
                         "folder belongs on PYTHONPATH") from None
     if not isinstance(cls, type) or not issubclass(cls, Metric):
         raise UserError(f"{name}: {known.module}:{known.name} is no subclass of eval.metrics.base.Metric (docs/evaluation.md)")
@@ -165,6 +165,6 @@ def load_metric(name: str, device: str = "cpu", config: dict | str | os.PathLike
     try:
         metric = cls(device=device, **settings)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{name} cannot be loaded: {first_line(error)[:200]}") from error
+        raise UserError(f"{name} cannot be loaded: {first_line(error, 200)}") from error
     metric.name, metric.label, metric.version = name, METRICS[name].label, metric_version(name, config)
     return metric

@@ -106,4 +106,4 @@ def weight_file(source: str | os.PathLike, filename: str) -> Path:
         return Path(hf_hub_download(str(source), filename))
     except Exception as error:  # the hub's client raises a dozen kinds; all mean that the file cannot be fetched
         raise UserError(f"no {filename}: {source} is no file or folder here, and the hub cannot give it "
-                        f"({first_line(error)[:160]})") from None
+                        f"({first_line(error, 160)})") from None

@@ -50,4 +50,4 @@ class CLIPScore(OpenCLIPMetric):
             raise
         except Exception as error:  # open_clip and the hub raise a dozen kinds; all mean no such weights
             raise UserError(f"CLIP's weights {pretrained} for {self.architecture} cannot be loaded: "
-                            f"{first_line(error)[:160]}") from None
+                            f"{first_line(error, 160)}") from None

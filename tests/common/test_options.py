@@ -46,6 +46,7 @@ def test_words_become_values_of_their_types():
     (["--gloss", "0"], r"--gloss must lie in \(0, 1\], not 0"),
     (["--gloss", "nan"], "--gloss must lie in"),
     (["--colour", "green"], "invalid choice: 'green'"),
+    (["--colour", "rec"], "did you mean red?"),
     (["--signed", "perhaps"], "neither true nor false"),
     (["--layer", "2"], "no option is called --layer; did you mean --layers?"),  # no abbreviation
     (["--xyzzy"], "no option is called --xyzzy; see --help"),

@@ -75,6 +75,20 @@ def test_sizes_balance_and_duplicates_are_counted(tmp_path):
     assert [report.row for report in reports if "duplicate of an earlier pair" in report.remarks] == [3]
 
 
+def test_images_that_teach_nothing_are_remarked_on(tmp_path):
+    def encoded(picture: Image.Image, **settings) -> bytes:
+        picture.save(file := io.BytesIO(), "PNG", **settings)
+        return file.getvalue()
+
+    picture = Image.open(io.BytesIO(image(0)))
+    clear = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    rows = [("a", encoded(picture), encoded(picture, compress_level=0), 1.0), ("b", image(2), encoded(clear), 1.0)]
+    data, pairs = opened(rows, tmp_path)
+    twice, flat = (report.remarks for report in look_through(pairs, data, 0))
+    assert [remark[:22] for remark in twice] == ["the same picture twice"]
+    assert flat == ["RGBA image, converted to RGB, over white where transparent", "an image is one flat colour"]
+
+
 def test_captions_that_are_cut_are_counted_with_the_share_that_is_lost(tmp_path, tiny_sd15):
     """One token a word: 75 of 100 and of 150 words are read."""
     words = ["cat " * 75, "cat " * 100, "cat " * 150]

@@ -213,6 +213,15 @@ def test_faulty_listings_are_one_line(tmp_path):
             choose(path)
 
 
+def test_a_spreadsheet_of_semicolons_and_the_folder_that_holds_it(tmp_path):
+    source = listed(tmp_path, "csv")
+    pairs = choose(source)
+    semicolons = write(tmp_path / "images" / "list.csv", source.read_bytes().replace(b",", b";").replace(b"images/", b""))
+    source.unlink()
+    for place in (semicolons, tmp_path / "images"):
+        assert str(choose(place).layout) == str(pairs.layout) and len(choose(place)) == len(pairs)
+
+
 def test_a_file_that_changes_its_size_changes_the_identity_of_the_rows(tmp_path):
     source = listed(tmp_path, "jsonl")
     data = DataOptions(train_data_dir=str(source))
@@ -233,7 +242,7 @@ def test_the_check_says_how_it_read_the_pairs_and_draws_them(tmp_path, monkeypat
     picture = np.asarray(Image.open(sheet))
     winner = np.asarray(Image.open(io.BytesIO(WINNERS[0])).convert("RGB"))
     assert picture.shape[1] > 3 * 2 * 64
-    assert (picture[8 + 14 + 64:8 + 14 + 128, 8 + 64:8 + 128] == winner).all(), "the winner is on the left"
+    assert (picture[8 + 14:8 + 14 + 192:3, 8:8 + 192:3] == winner).all(), "the winner is on the left"
 
 
 # --- a part of a dataset on the hub ------------------------------------------------------------------------------------

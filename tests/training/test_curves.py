@@ -18,12 +18,12 @@ def run(tmp_path_factory, tiny_sd15, pairs_dir, train_run):
     return folder
 
 
-def test_a_run_leaves_its_curves_and_its_log(run):
+def test_a_run_leaves_its_curves_and_its_log(run, tiny_sd15):
     with Image.open(run / "curves.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 400
     log = (run / "train.log").read_text()
     assert "Training" in log and "Done in " in log and "warning: step 20: margins" in log
-    assert "Next: bash scripts/eval/test_sd15.sh" in log
+    assert f"unet.pth --pretrained_model_name_or_path {tiny_sd15}\n" in log, "the command that evaluates this run"
 
 
 def test_metrics_say_when_how_far_and_what_was_warned_of(run):

@@ -49,6 +49,17 @@ def test_watch_warns_once_of_each_pathology_and_again_when_it_has_doubled():
     assert any("sigmoid is flat" in w and "--beta_dpo" in w for w in worse)
 
 
+def test_watch_warns_once_of_a_safeguard_that_leaves_fine_tuning_on_winners():
+    def run(loss: float, loser: float) -> list[str]:
+        watch = Watch(winner_rise=0.1, margin=1e9, safeguarded=True)
+        step = {"avg_lose_l_scale": 0.2, "avg_lose_diff_loss": loser, "train_loss": loss}
+        return [warning for number in range(100) for warning in watch(number, logs(-0.09, 30.0) | step)]
+
+    [told] = run(27.7, -0.088)
+    assert "fine-tuning on the winners" in told and "--train_method sft" in told
+    assert not run(0.6, -0.088) and not run(27.7, 0.01)
+
+
 def test_watch_ignores_single_outliers_and_steps_that_are_not_finite():
     watch = Watch(winner_rise=0.1, margin=10.0)
     for step in range(100):
