@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import sys
@@ -34,6 +35,8 @@ def quiet_libraries() -> None:
     """No progress bars but our own. Takes effect where the libraries are imported later, too."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):  # of torchao's parts, where it is
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def warn(message: str) -> None:

@@ -63,6 +63,8 @@ class MemoryOptions:
     compile: bool = option(False, "torch.compile the repeated blocks: some minutes at the start, faster steps", free=True)
     channels_last: bool = option(False, "keep convolutions in channels-last memory", free=True)
     offload_reference: bool = option(False, "keep the reference on the host between its turns, for small GPUs", free=True)
+    quantize_base: Literal["none", "int8", "nf4"] = option(
+        "none", "LoRA's frozen base in 8 bits a weight (torchao), or in 4 (bitsandbytes, on a GPU)")
 
 
 @dataclass

@@ -9,7 +9,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import (AutocastKwargs, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin,
+from accelerate.utils import (AutocastKwargs, DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin,
                               InitProcessGroupKwargs, ProjectConfiguration, gather_object)
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -51,6 +51,9 @@ def start_accelerator(options: TrainOptions) -> Accelerator:
         raise UserError("fp16 needs a GPU, and this runs on the CPU: use --mixed_precision bf16 or no")
     if memory.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise UserError("this GPU has no bf16: use --mixed_precision fp16")
+    if memory.quantize_base != "none" and sharded(accelerator):
+        raise UserError(f"--quantize_base {memory.quantize_base} is for one GPU or one copy a GPU (DDP), and its weights are not sharded: "
+                        "leave FSDP and DeepSpeed, or drop it")
     if memory.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
@@ -62,6 +65,10 @@ def settle_precision(options: TrainOptions, family: Family) -> None:
         options.memory.mixed_precision = "bf16"
     if options.memory.mixed_precision == "fp16" and family.overflows_in_fp16:
         raise UserError(f"{family.label} overflows in fp16: use --mixed_precision bf16")
+
+
+def sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def shard_by(accelerator: Accelerator, blocks: tuple[type, ...]) -> None:

@@ -52,15 +52,15 @@ def weights_in(folder: Path, backbone: str = "unet") -> Path | None:
     return whole if whole.is_file() else lora_file(folder)
 
 
-def load_network(family: Family, source: str | os.PathLike | None = None,
-                 dtype: torch.dtype = torch.float32, inside: tuple[Path, ...] = ()) -> torch.nn.Module:
+def load_network(family: Family, source: str | os.PathLike | None = None, dtype: torch.dtype = torch.float32,
+                 inside: tuple[Path, ...] = (), quantization=None) -> torch.nn.Module:
     """The network of the family's base, with the weights that `source` names put in.
 
     source: None or "base" (the base itself); a unet.pth; a .safetensors state dict; a diffusers folder, with or without
     unet/; a hub id; LoRA weights (a file, or a folder that holds one) that are merged into the base, or into the
     --unet_init of the run that trained them. dtype: of the weights, which are read in no other unless LoRA has to be
-    merged, in float32. inside: the adapters whose --unet_init this is. Raises UserError naming the key and shape of what
-    does not fit.
+    merged, in float32. inside: the adapters whose --unet_init this is. quantization: diffusers' configuration of it, for a
+    base or a diffusers folder. Raises UserError naming the key and shape of what does not fit.
     """
     path = None if source is None or str(source) == "base" else Path(source)
     if path in inside:
@@ -69,14 +69,16 @@ def load_network(family: Family, source: str | os.PathLike | None = None,
     if path is not None and path.is_dir():
         found = weights_in(path, family.backbone)
         if found is None or found.is_dir():
-            return open_network(family, found or path, dtype)
+            return open_network(family, found or path, dtype, quantization)
         if lora_file(found) and (path / "progress.json").is_file():  # a checkpoint of a LoRA run
             init = read_init(path / "progress.json")
         path = found
     if path is not None and not path.exists() and path.suffix not in WEIGHT_FILES:
-        return _from_hub_id(family, str(source), dtype)  # a pipeline, a bare network or LoRA
+        return _from_hub_id(family, str(source), dtype, quantization)  # a pipeline, a bare network or LoRA
 
     options = family.options
+    if path is not None and quantization is not None:
+        raise _not_quantized(source)
     state = None if path is None else read_state_dict(lora_file(path) or path)
     merged = state is not None and is_lora(state)
     first = torch.float32 if merged else dtype
@@ -85,7 +87,7 @@ def load_network(family: Family, source: str | os.PathLike | None = None,
         init = told if told and Path(told).exists() else None  # merge_lora says so where it is missed
     network = load_network(family, init, first, (*inside, Path(source))) if init else from_hub(
         family.network, options.pretrained_model_name_or_path, f"the {family.backbone}", subfolder=family.backbone,
-        revision=options.revision, cache_dir=options.cache_dir, torch_dtype=first)
+        revision=options.revision, cache_dir=options.cache_dir, torch_dtype=first, quantization_config=quantization)
     if merged:
         merge_lora(family, network, state, lora_file(path) or path)
     elif state is not None:
@@ -93,18 +95,23 @@ def load_network(family: Family, source: str | os.PathLike | None = None,
     return network if first == dtype else network.to(dtype)
 
 
-def open_network(family: Family, name: str | os.PathLike, dtype: torch.dtype, **where) -> torch.nn.Module:
+def _not_quantized(source) -> UserError:
+    return UserError(f"--quantize_base takes a base or a diffusers folder, and {source} holds a state dict or LoRA weights: leave "
+                     "a pipeline of it first (--merge_lora), or drop --quantize_base")
+
+
+def open_network(family: Family, name: str | os.PathLike, dtype: torch.dtype, quantization=None, **where) -> torch.nn.Module:
     """A diffusers network, of a folder or the hub, that is one for the family's base. Raises UserError."""
     what = f"the {family.backbone}"
     kind = from_hub(family.network, name, what, method="load_config", **where).get("_class_name")
     if kind != family.network.__name__:
         raise UserError(f"{name} is a {kind}, and {family.label} takes a {family.network.__name__}")
-    network = from_hub(family.network, name, what, torch_dtype=dtype, **where)
+    network = from_hub(family.network, name, what, torch_dtype=dtype, quantization_config=quantization, **where)
     check_same_base(family, network, str(name))
     return network
 
 
-def _from_hub_id(family: Family, name: str, dtype: torch.dtype) -> torch.nn.Module:
+def _from_hub_id(family: Family, name: str, dtype: torch.dtype, quantization=None) -> torch.nn.Module:
     from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -117,7 +124,7 @@ def _from_hub_id(family: Family, name: str, dtype: torch.dtype) -> torch.nn.Modu
                 raise
             except EntryNotFoundError:
                 continue
-            return open_network(family, name, dtype, subfolder=subfolder, cache_dir=cache_dir)
+            return open_network(family, name, dtype, quantization, subfolder=subfolder, cache_dir=cache_dir)
         weights = [file for file in list_repo_files(name) if file.endswith(".safetensors")]
         filename = LORA_FILE if LORA_FILE in weights else weights[0] if len(weights) == 1 else None
         path = hf_hub_download(name, filename, cache_dir=cache_dir) if filename else None
@@ -129,6 +136,8 @@ def _from_hub_id(family: Family, name: str, dtype: torch.dtype) -> torch.nn.Modu
                         f"({first_line(error, 160)})") from None
     if path is None:
         raise UserError(f"the hub's {name} holds neither a {family.backbone} nor one file of LoRA weights ({LORA_FILE})")
+    if quantization is not None:
+        raise _not_quantized(name)
     network = load_network(family)
     merge_lora(family, network, read_state_dict(path), path)
     return network.to(dtype)

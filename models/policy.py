@@ -12,6 +12,7 @@ from torch import nn
 from common.errors import UserError, first_line, warn
 from models.family import Family
 from models.networks import load_network
+from models.quantize import is_quantized, quantization_config
 from common.train_options import MemoryOptions
 from models.speed import check_compiler, compile_blocks, recompute_cheap
 
@@ -81,8 +82,9 @@ def load_policy(family: Family, memory: MemoryOptions, dtype: torch.dtype, devic
     """The base's network, or what --unet_init names, as policy and reference. Raises UserError."""
     if memory.compile:
         check_compiler(device)
-    once = family.options.lora_rank > 0 and family.backbone == "transformer"  # UNets are small: float32 is cast below
-    network = load_network(family, family.options.unet_init, dtype if once else torch.float32)
+    quantization = quantization_config(memory.quantize_base, dtype)
+    once = quantization or family.options.lora_rank > 0 and family.backbone == "transformer"  # UNets are small: cast below
+    network = load_network(family, family.options.unet_init, dtype if once else torch.float32, quantization=quantization)
     family.check_network(network, family.options.unet_init or family.options.pretrained_model_name_or_path)
     if resolution is not None and not family.flow:  # those take any size
         native, side = network.config.sample_size, family.latent_shape(resolution, resolution)[-1]
@@ -108,6 +110,8 @@ def make_policy(family: Family, network: nn.Module, memory: MemoryOptions, dtype
         recompute_cheap(network)
     elif (memory.gradient_checkpointing or family.always_checkpoints) and not memory.selective_checkpointing:
         network.enable_gradient_checkpointing()
+    if is_quantized(network):  # no data parallelism sends such weights around: they come from one file everywhere
+        network._ddp_params_and_buffers_to_ignore = [n for n, weight in network.named_parameters() if not weight.requires_grad]
     network.train().to(device)
     networks = [network] if reference is None else [network, reference]
     if memory.channels_last:
@@ -136,14 +140,16 @@ def add_adapter(network: nn.Module, family: Family) -> None:
 
 
 def cast_compute_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convolution and linear weights to `dtype`, everything else (norms) to float32, where it is already as a rule.
+    """Convolution and linear weights to `dtype` (quantised ones were loaded so), everything else (norms) to float32, where it
+    is already as a rule.
 
     Under autocast to the same dtype this changes no output bit: autocast would round exactly these weights at each
     use, and runs norms in float32 from float32 weights.
     """
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.to(dtype)
+            if not is_quantized(network):
+                module.to(dtype)
         else:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.float()

@@ -4,6 +4,7 @@ from common.errors import warn
 from common.train_options import TrainOptions
 from models.devices import settle_precision
 from models.family import Family
+from models.quantize import check_quantization
 
 FLOW = "flow matching"  # in the tables: every family that predicts velocities
 
@@ -38,6 +39,7 @@ def settle_defaults(options: TrainOptions, base: Family) -> None:
     method, family = objective.train_method, base
     settle_precision(options, base)
     settle_model(options, base)
+    check_quantization(options, base)
     if options.data.resolution is None:
         options.data.resolution = base.training_resolution
     if optimizer.optimizer == "auto":

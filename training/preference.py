@@ -18,6 +18,7 @@ from data.pairs import PairDataset
 from data.choosing import PairTable, choose_pairs
 from data.table import content_digest, load_table
 from losses import LossConfig, kto_reference_point, preference_loss
+from models.devices import sharded
 from models.family import Family, Text
 from models.policy import MovingReference, Policy, load_policy
 from training.defaults import PUBLISHED_BATCH
@@ -26,7 +27,7 @@ from training.guards import Watch
 from training.optimizers import effective_learning_rate
 from training.parameter_space import check_whole_gradients, parameter_space_loss
 from training.run import Run
-from training.state import LoraWeights, WeightsAndReference, WholeWeights, sharded
+from training.state import LoraWeights, WeightsAndReference, WholeWeights
 from training.stored_pairs import StoredPairs
 from training.validation import Validation
 

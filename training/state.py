@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from accelerate.utils import load as load_plain
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
@@ -18,7 +18,7 @@ from torch import nn
 
 from common.errors import UserError, first_line
 from common.files import make_readable, write_text
-from models.devices import writing
+from models.devices import sharded, writing
 from models.family import Family
 from models.lora import LORA_FILE, facts_of, read_metadata
 from models.policy import MovingReference
@@ -104,10 +104,6 @@ def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.T
     state = accelerator.get_state_dict(model)
     return {key.removeprefix("_orig_mod."): value.detach().to("cpu", torch.float32, copy=False).contiguous()
             for key, value in (state or {}).items()}
-
-
-def sharded(accelerator: Accelerator) -> bool:
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def store_weights_once(accelerator: Accelerator, weights: WholeWeights | LoraWeights) -> None:
