@@ -31,8 +31,8 @@ class GenerationOptions:
 def make_pipeline(family: "Family", unet: "nn.Module") -> "DiffusionPipeline":
     """diffusers' own, around the same parts."""
     parts = {name.replace("text_encoder", kind): part for kind, given in (("text_encoder", family.text_encoders),
-                                                                          ("tokenizer", family.tokenizers))
-             for name, part in zip(family.encoder_classes, given)}
+                                                                          ("tokenizer", family.tokenizers.values()))
+             for name, part in zip(family.encoder_names, given)}
     pipeline = family.pipeline(vae=family.vae, unet=unet, scheduler=family.sampler("euler", 1, unet.device), **parts,
                                **family.pipeline_parts)
     pipeline.set_progress_bar_config(disable=True)

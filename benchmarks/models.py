@@ -58,7 +58,7 @@ class RandomWeights:
         self.model, self.options, self.index = model, options, {}
         self.turbo = self.refiner = False
         self.scheduler = DDPMScheduler(**NOISE)
-        self.tokenizers = [clip_tokenizer() for _ in TEXT_ENCODERS[model]]
+        self.tokenizers = {name: clip_tokenizer() for name in self.encoder_names}
         self.vae_config, self.resolution = VAES[model], RESOLUTIONS[model]
         self.scaling_factor = self.vae_config.get("scaling_factor", 0.18215)
         self.drop_encoders()

@@ -85,7 +85,7 @@ def as_on_a_gpu():
         return attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), **kwargs)
 
     attention = F.scaled_dot_product_attention
-    with mock.patch.multiple(F, group_norm=norm(F.group_norm), layer_norm=norm(F.layer_norm),
+    with mock.patch.multiple(F, group_norm=norm(F.group_norm), layer_norm=norm(F.layer_norm), rms_norm=norm(F.rms_norm),
                              scaled_dot_product_attention=attend):
         yield
 

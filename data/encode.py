@@ -1,8 +1,9 @@
 """Writing a cache: every image and prompt of a table, encoded once, into shards that appear whole.
 
 Moments and embeddings are kept in the dtype in which the encoders answer, so nothing is rounded: a cached run sees the
-numbers that an uncached one computes. Every entry of a shard has its CRC-32 beside it. Shards that are there are kept, and
-processes share the rest.
+numbers that an uncached one computes. Kernels round otherwise for another batch size (CLIP's projection does), so the
+encoders are given full batches, by default of the training's own size. Every entry of a shard has its CRC-32 beside it.
+Shards that are there are kept, and processes share the rest.
 """
 
 import json
@@ -84,8 +85,9 @@ def write_prompts(folder: Path, prompts: list[str], family: Family, batch_size: 
         shard = prompts[number * PROMPTS_PER_SHARD:(number + 1) * PROMPTS_PER_SHARD]
         for start in range(0, len(shard), batch_size):
             captions = shard[start:start + batch_size]
-            part = encode_prompts(family, captions, accelerator.device)
-            parts.append({name: tensor.cpu() for name, tensor in part.items()})
+            filled = captions + captions[-1:] * (batch_size - len(captions))
+            part = encode_prompts(family, filled, accelerator.device)
+            parts.append({name: tensor[:len(captions)].cpu() for name, tensor in part.items()})
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         write_shard(folder / names[number], with_checks(tensors, dims=1))
     return names
@@ -107,7 +109,8 @@ def write_pairs(folder: Path, table: datasets.Dataset, columns: list[str], famil
     moments, faults = [], {}
     for batch in progress_bar(loader, desc="caching", unit="batch", disable=not accelerator.is_local_main_process):
         pixels = batch["pixels"].to(accelerator.device, non_blocking=True)
-        moments.append(encode_views(family, pixels, flips=not data.no_hflip).cpu())
+        filled = torch.cat([pixels, pixels[-1:].expand(batch_size - len(pixels), *pixels.shape[1:])])
+        moments.append(encode_views(family, filled, flips=not data.no_hflip)[:len(pixels)].cpu())
         faults |= {int(row): json.loads(found) for row, found in zip(batch["row"], batch["faults"]) if found}
         last = int(batch["row"][-1])
         if last + 1 == rows or (last + 1) % per_shard == 0:
@@ -149,7 +152,8 @@ def claim_folder(folder: Path, settings: dict) -> None:
         raise UserError(f"cannot write to --cached_dataset {folder}: {error.strerror}") from None
 
 
-def make_cache(options: TrainOptions, family: Family, accelerator: Accelerator, pairs_per_shard: int, batch_size: int) -> None:
+def make_cache(options: TrainOptions, family: Family, accelerator: Accelerator, pairs_per_shard: int,
+               batch_size: int | None) -> None:
     """Load what the options name and encode it. Raises UserError."""
     data = options.data
     with accelerator.main_process_first():
@@ -158,7 +162,8 @@ def make_cache(options: TrainOptions, family: Family, accelerator: Accelerator, 
     pairs = choose_pairs(table, data, 0, labels, options.objective.train_method)  # which also reports a faulty table
     columns = pairs.image_columns
     family.load_encoders(COMPUTE_DTYPES[options.memory.mixed_precision], accelerator.device)
-    encode_table(table, columns, family, data, options.memory.mixed_precision, accelerator, pairs_per_shard, batch_size)
+    encode_table(table, columns, family, data, options.memory.mixed_precision, accelerator, pairs_per_shard,
+                 batch_size or options.optimizer.train_batch_size)
 
 
 def encode_table(table: datasets.Dataset, columns: list[str], family: Family, data: DataOptions, mixed_precision: str,

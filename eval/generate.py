@@ -17,7 +17,8 @@ from prompts import read_group
 def open_base(options: GenerateOptions) -> Family:
     """The family of the base pipeline, with the published VAE where the options name none. Raises UserError; a wrong path
     is refused before diffusers is imported."""
-    model = ModelOptions(options.pretrained_model_name_or_path or (SDXL if options.sdxl else SD15), sdxl=options.sdxl)
+    model = ModelOptions(options.pretrained_model_name_or_path or (SDXL if options.sdxl else SD15), sdxl=options.sdxl,
+                         max_sequence_length=options.max_sequence_length)
     model = unpacked(model)
     kind, index = find_family(model)
     vae = options.pretrained_vae_model_name_or_path

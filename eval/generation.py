@@ -14,7 +14,7 @@ import transformers
 from accelerate import PartialState
 from PIL import Image
 
-from common.errors import UserError
+from common.errors import UserError, warn
 from common.files import fingerprint, make_room, write_text
 from common.locks import release
 from common.progress import progress_bar
@@ -36,7 +36,7 @@ def generate(options: GenerateOptions, family: Family, prompts: dict[str, list[s
     several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     state = PartialState(cpu=several_on_cpu, timeout=timedelta(hours=1))  # cpu: else each process would be on its own
     torch.backends.cudnn.deterministic = True
-    settle_defaults(options, family, state.device)
+    state.print(settle_defaults(options, family, state.device))
     dtype = COMPUTE_DTYPES[options.mixed_precision]
     if state.device.type == "cpu":
         state.print(f"no GPU here: generating on the CPU, network in {dtype}")
@@ -78,18 +78,32 @@ def generate(options: GenerateOptions, family: Family, prompts: dict[str, list[s
         write_text(options.manifest_list, "".join(f"{group.manifest}\n" for group in groups))
 
 
-def settle_defaults(options: GenerateOptions, family: Family, device: torch.device) -> None:
-    """Put the base's values in where the command line is silent. Raises UserError for a size that the base cannot take."""
+def settle_defaults(options: GenerateOptions, family: Family, device: torch.device) -> str:
+    """Put the base's values in where the command line is silent; how images are sampled, in words. Raises UserError for a size
+    that the base cannot take."""
     options.pretrained_model_name_or_path = options.pretrained_model_name_or_path or family.options.pretrained_model_name_or_path
     options.pretrained_vae_model_name_or_path = family.options.pretrained_vae_model_name_or_path
     options.height, options.width = (side or family.resolution for side in (options.height, options.width))
     family.latent_shape(options.height, options.width)
+    if family.flow and options.cfg_convention == "official" and options.cfg is None:
+        raise UserError(f"--cfg_convention official: give --cfg too; {family.label}'s own {family.guidance:g} is in its pipeline's sense")
+    if options.max_sequence_length and family.sequence_length is None:
+        warn(f"--max_sequence_length means nothing for {family.label}")
+    convention, scheduler = ("diffusers", "default") if family.flow else ("official", "euler")
+    sampling = {"num_inference_steps": family.steps, "cfg": family.guidance, "cfg_convention": convention, "scheduler": scheduler}
+    origin = {name: " (default)" if getattr(options, name) is None else "" for name in sampling}
+    for name, value in sampling.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     options.batch_size = options.batch_size or family.images_at_once
     options.mixed_precision = options.mixed_precision or ("no" if device.type == "cpu" else "bf16")
     if options.output_dir is None:
         unet = Path(options.unet_path)
         named = re.sub(r"[^\w.-]+", "_", options.unet_path)
         options.output_dir = str(unet if unet.is_dir() else unet.parent if unet.exists() else Path("output") / named)
+    return (f"{family.label} at {options.height}x{options.width}: {options.num_inference_steps} steps"
+            f"{origin['num_inference_steps']}, guidance {options.cfg:g}{origin['cfg']} in the {options.cfg_convention} sense, "
+            f"{options.scheduler} scheduler")
 
 
 # --- what the images are made of -----------------------------------------------------------------------------------------
@@ -110,6 +124,7 @@ def settings_record(options: GenerateOptions, family: Family, settings: Sampling
         "guidance_scale_diffusers": settings.guidance_scale, "noise_dtype": name_of(dtype), "noise_device": device.type,
         "unet_dtype": name_of(dtype), "text_encoder_dtype": name_of(dtype), "vae_tiling": options.vae_tiling,
         "vae_dtype": name_of(vae_dtype(options, family)), "compiled": options.compile,
+        **({"max_sequence_length": family.sequence_length} if family.sequence_length else {}),
     }
 
 

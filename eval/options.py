@@ -40,14 +40,20 @@ class GenerateOptions:
     limit: int | None = option(None, "only the first prompts of each group", at_least=1)
     height: int | None = option(None, "in pixels", at_least=8, default_text="the base's own: SD1.5 512, SDXL 1024")
     width: int | None = option(None, "in pixels", at_least=8, default_text="the base's own: SD1.5 512, SDXL 1024")
-    num_inference_steps: int = option(50, "denoising steps; the models were trained with 1000", at_least=1, at_most=1000)
-    cfg: float = option(7.5, "guidance, in the sense of --cfg_convention")
-    cfg_convention: Literal["official", "diffusers"] = option(
-        "official", "official: e_cond + cfg (e_cond - e_uncond), as published; diffusers: e_uncond + cfg (e_cond - e_uncond)")
+    max_sequence_length: int | None = option(None, "tokens of a prompt that a flow-matching base reads", at_least=16,
+                                             default_text="SD3 256, others 512; SD1.5 and SDXL read 77, always")
+    num_inference_steps: int | None = option(None, "denoising steps", at_least=1, at_most=1000,
+                                             default_text="as published for the base: SD1.5 and SDXL 50")
+    cfg: float | None = option(None, "guidance, in the sense of --cfg_convention",
+                               default_text="as published for the base: SD1.5 and SDXL 7.5")
+    cfg_convention: Literal["official", "diffusers"] | None = option(
+        None, "official: e_cond + cfg (e_cond - e_uncond), as published; diffusers: as the base's own pipeline has it, mostly "
+        "e_uncond + cfg (e_cond - e_uncond)", default_text="official; flow matching diffusers")
     empty_prompt: Literal["encoded", "pipeline"] = option(
         "encoded", "guidance's other half: the encoded \"\" as published; pipeline: as the base's model_index.json says "
         "(SDXL: zeros)")
-    scheduler: Literal["euler", "default"] = option("euler", "euler as published; default: the pipeline's own")
+    scheduler: Literal["euler", "default"] | None = option(None, "euler as published; default: the pipeline's own",
+                                                           default_text="euler; flow matching default")
     mixed_precision: Literal["bf16", "fp16", "no"] | None = option(
         None, "type of network and text encoders", default_text="bf16 on a GPU, no (float32) on the CPU")
     latents_dtype: Literal["float32", "unet"] = option(

@@ -61,6 +61,9 @@ class Family(Protocol):
     def load_encoders(self, dtype: "torch.dtype", device: "torch.device", vae_dtype: "torch.dtype | None" = None) -> None:
         """VAE (in vae_dtype, where that differs) and text encoders, frozen, on the device. Raises UserError."""
 
+    def load_vae(self, asked: "torch.dtype", device: "torch.device") -> None:
+        """The VAE alone, in the type that vae_dtype gives. Raises UserError."""
+
     def vae_dtype(self, asked: "torch.dtype") -> "torch.dtype":
         """The type that the VAE is loaded in where `asked` is asked for: some overflow in fp16."""
 

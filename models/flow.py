@@ -30,7 +30,8 @@ class FlowFamily(PipelineParts):
     vae_class, packing = AutoencoderKL, 4  # packing: latent channels per channel that the transformer reads
     resolution, images_at_once, evaluation_vae, always_checkpoints = 1024, 4, None, False
     empty_prompt, empty_is_zeros, embeds_guidance = "", False, False
-    overflows_in_fp16, vae_in_float32, distilled_names = True, False, ("turbo",)
+    overflows_in_fp16, vae_in_float32 = True, False
+    distilled_names, distilled_sampling = ("turbo",), (4, 1.0)  # steps and guidance: of the conditional prediction alone
     encoder_names, ignored_options = ("text_encoder",), ("embedded_guidance",)
     timestep_sampling, sampler_starts_at_one, eta = "uniform", True, 0.7
     longer_text = "a higher --max_sequence_length reads more"
@@ -44,6 +45,7 @@ class FlowFamily(PipelineParts):
         if self.sequence_length > self.longest_sequence:
             raise UserError(f"--max_sequence_length {self.sequence_length}: {self.label} reads {self.longest_sequence} at most")
         if self.is_distilled:
+            self.steps, self.guidance = self.distilled_sampling
             warn(f"{options.pretrained_model_name_or_path} is distilled to few steps without guidance, and preference training "
                  f"undoes that: its images at few steps get worse. Train {self.label}'s undistilled base instead")
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from models.family import Text
 from models.flow import FlowFamily, pack, unpack
-from models.parts import each_alone, token_ids
+from models.parts import each_alone
+from models.tokens import token_ids
 
 SINGLE_BLOCKS = 38
 

@@ -14,6 +14,7 @@ from common.errors import UserError, first_line, warn
 from common.train_options import ModelOptions
 from models.family import Family
 from models.quantize import is_quantized
+from models.weights import unsharded
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 OTHER_BASE = "Is it a checkpoint of another base model?"
@@ -81,13 +82,13 @@ def facts_of(family: Family, network: torch.nn.Module, options: ModelOptions, ru
 def sample_weights(network: torch.nn.Module) -> dict[str, float]:
     """Some single weights of a network, by name, without those of an adapter. They tell one trained base from another
     wherever it lies, in every file format and precision, which neither a name nor a file's digest does. Of a quantised base
-    norms and biases, which are as they were."""
+    norms and biases, which are as they were. A collective call where it is sharded."""
     quantized = is_quantized(network)
     named = {name.replace(".base_layer", ""): parameter for name, parameter in network.named_parameters()
              if "lora_" not in name and (type(parameter) is torch.nn.Parameter if quantized else parameter.dim() > 1)}
     names = sorted(named)
     chosen = names[::max(1, len(names) // SAMPLED_WEIGHTS)][:SAMPLED_WEIGHTS]
-    return {name: float(named[name].detach().flatten()[named[name].numel() // 2]) for name in chosen}
+    return {name: float(unsharded(named[name].detach()).flatten()[named[name].numel() // 2]) for name in chosen}
 
 
 def is_on_own_base(network: torch.nn.Module, told: dict) -> bool:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.train_options import ModelOptions
 from models.family import Text
+from models.tokens import cut
 from models.weights import from_hub
-
-LONGEST_CAPTION = 20_000  # characters: no encoder reads so far, and tokenizing a whole book takes seconds
 
 
 def each_alone(encode):
@@ -37,13 +36,26 @@ class PipelineParts:
         """Read tokenizers and the VAE's configuration. index: the base's model_index.json. Raises UserError."""
         self.options, self.index = options, index
         self.text_encoders, self.vae = [], None
-        self.encoder_names = tuple(name for name in self.encoder_names if index.get(name, (None, None))[1])
-        self.tokenizers = {name: self.read(getattr(transformers, index[tokenizer_of(name)][1]), "the tokenizer",
-                                           tokenizer_of(name)) for name in self.encoder_names}
+        self.encoder_names = tuple(name for name in self.encoder_names if self.class_name(name))
+        self.tokenizers = {name: self.read(self.class_of(tokenizer_of(name)), "the tokenizer", tokenizer_of(name))
+                           for name in self.encoder_names}
         for tokenizer in self.tokenizers.values():
             tokenizer.padding_side = "right"
         source, where = self._vae_source
         self.vae_config = from_hub(self.vae_class, source, "the VAE's config", method="load_config", **where)
+
+    def class_name(self, part: str) -> str | None:
+        """What model_index.json says that a part is; None where the base has none."""
+        named = self.index.get(part)
+        return named[1] if isinstance(named, list) and len(named) == 2 else None
+
+    def class_of(self, part: str) -> type:
+        name = self.class_name(part)
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if kind is None:
+            raise UserError(f"the model_index.json of {self.options.pretrained_model_name_or_path} names {name} for {part}, which "
+                            "the installed transformers does not know")
+        return kind
 
     def read(self, kind: type, what: str, subfolder: str, **settings):
         """A part of the base pipeline. Raises UserError."""
@@ -63,9 +75,13 @@ class PipelineParts:
     def load_encoders(self, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None = None) -> None:
         if dtype == torch.float16 and self.overflows_in_fp16:
             raise UserError(f"{self.label} overflows in fp16: use --mixed_precision bf16")
-        self.text_encoders = [self.read(getattr(transformers, self.index[name][1]), "a text encoder", name, torch_dtype=dtype)
+        self.text_encoders = [self.read(self.class_of(name), "a text encoder", name, torch_dtype=dtype)
                               .requires_grad_(False).eval().to(device) for name in self.encoder_names]
-        self.vae = self.read_vae(self.vae_dtype(vae_dtype or dtype)).requires_grad_(False).eval().to(device)
+        self.load_vae(vae_dtype or dtype, device)
+
+    def load_vae(self, asked: torch.dtype, device: torch.device) -> None:
+        """The VAE alone, in `asked` or what vae_dtype makes of it."""
+        self.vae = self.read_vae(self.vae_dtype(asked)).requires_grad_(False).eval().to(device)
 
     def vae_dtype(self, asked: torch.dtype) -> torch.dtype:
         return torch.float32 if self.vae_in_float32 else asked
@@ -93,10 +109,6 @@ def tokenizer_of(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
 
-def cut(captions: list[str]) -> list[str]:
-    return [caption[:LONGEST_CAPTION] for caption in captions]
-
-
-def token_ids(tokenizer, captions: list[str], length: int) -> Tensor:
-    """(N, length), padded and truncated."""
-    return tokenizer(cut(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+def lengths(mask: Tensor) -> list[int]:
+    """How many tokens of each row (B, L) count; the host waits for it."""
+    return mask.sum(dim=1).tolist()

@@ -13,7 +13,7 @@ from common.errors import UserError, first_line, warn
 from models.family import Family
 from models.networks import load_network
 from models.quantize import is_quantized, quantization_config
-from common.train_options import MemoryOptions
+from common.train_options import MemoryOptions, TrainOptions
 from models.speed import check_compiler, compile_blocks, recompute_cheap
 
 
@@ -29,6 +29,13 @@ class Policy:
     @property
     def has_reference(self) -> bool:
         return self.lora or self.reference is not None
+
+    def in_words(self, options: TrainOptions) -> str:
+        if not self.lora:
+            return "whole network, float32 weights"
+        base = options.memory.quantize_base
+        return (f"LoRA rank {options.model.lora_rank}, alpha {options.model.lora_alpha:g}"
+                + (f", on a base in {base}" if base != "none" else ""))
 
     @contextmanager
     def as_reference(self, device: torch.device):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError, first_line, warn
-from common.train_options import MemoryOptions, TrainOptions
+from common.train_options import TrainOptions
 from models.family import Family
 
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}

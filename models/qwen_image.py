@@ -10,9 +10,11 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import Tensor, nn
 
 from common.train_options import ModelOptions
+from models import parts
 from models.family import Text
 from models.flow import FlowFamily, pack, unpack
-from models.parts import cut, each_alone
+from models.parts import each_alone
+from models.tokens import cut
 
 BEFORE = ("<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
           "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n")
@@ -89,7 +91,7 @@ class QwenImage(FlowFamily):
     def predict(self, network: nn.Module, x_t: Tensor, times: Tensor, text: Text, size: tuple[int, int]) -> Tensor:
         """Text is cut at the batch's longest, and the mask is left out where nothing is padded, as the pipeline does."""
         height, width = x_t.shape[2:]
-        lengths = text["mask"].sum(dim=1).tolist()
+        lengths = parts.lengths(text["mask"])
         longest = max(lengths)
         mask = text["mask"][:, :longest] if min(lengths) < longest else None
         velocity = network(hidden_states=pack(x_t), timestep=times / 1000, encoder_hidden_states=text["embeddings"][:, :longest],

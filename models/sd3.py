@@ -13,7 +13,8 @@ from common.errors import UserError
 from common.train_options import ModelOptions
 from models.family import Text
 from models.flow import FlowFamily
-from models.parts import each_alone, token_ids
+from models.parts import each_alone
+from models.tokens import token_ids
 
 
 class StableDiffusion3(FlowFamily):

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, SchedulerMixin,
                        StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
@@ -16,14 +15,13 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from common.errors import UserError, warn
 from common.train_options import ModelOptions
 from losses.spo import clean_and_noise, ddim_gaussian
 from models.family import Text
-from models.tokens import MAX_CAPTION_CHARACTERS, tokenize
-from models.weights import from_hub
+from models.parts import PipelineParts
+from models.tokens import tokenize
 
 TURBO_TIMESTEPS = (249, 499, 749, 999)
 REFINER_TIMESTEPS = 200
@@ -31,7 +29,7 @@ REFINER_AESTHETIC_SCORE = 6.0
 ENCODED_AT_ONCE = 8  # images: more are no faster, and at 1024 px their activations take gigabytes
 
 
-class StableDiffusion15:
+class StableDiffusion15(PipelineParts):
     name, label, license, flow = "sd15", "SD1.5", "creativeml-openrail-m", False
     backbone, network, pipeline = "unet", UNet2DConditionModel, StableDiffusionPipeline
     weights_file = "unet.pth"
@@ -45,70 +43,34 @@ class StableDiffusion15:
     pipeline_parts = {"safety_checker": None, "feature_extractor": None}
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     compiled_blocks = (BasicTransformerBlock, ResnetBlock2D)
-    encoder_classes = {"text_encoder": CLIPTextModel}
+    encoder_names, vae_class = ("text_encoder",), AutoencoderKL
 
     def __init__(self, options: ModelOptions, index: dict):
         """Read scheduler, tokenizers and the VAE's config: the small files, so that a wrong model is refused before
         gigabytes are read. index: the base's model_index.json. Raises UserError."""
-        self.options, self.index = options, index
-        self.text_encoders, self.vae = [], None
+        super().__init__(options, index)
         base = options.pretrained_model_name_or_path
         self.turbo = "turbo" in Path(base).name.lower()  # by the model's own name, as published; not by its folders
-        self.scheduler = from_hub(DDPMScheduler, base, "the scheduler", subfolder="scheduler", **self._hub)
+        self.scheduler = self.read(DDPMScheduler, "the scheduler", "scheduler")
         if self.turbo:
             self.scheduler = DDPMScheduler.from_config(self.scheduler.config, rescale_betas_zero_snr=True)
         if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"{base} predicts '{self.scheduler.config.prediction_type}': only epsilon and v_prediction are known")
-        self.tokenizers = [from_hub(CLIPTokenizer, base, "the tokenizer", subfolder=name.replace("text_encoder", "tokenizer"),
-                                    **self._hub) for name in self.encoder_classes]
-        self.vae_config = from_hub(AutoencoderKL, self._vae_source[0], "the VAE's config", method="load_config",
-                                   **self._vae_source[1])
         self.scaling_factor = self.vae_config.get("scaling_factor", 0.18215)
-        config = from_hub(UNet2DConditionModel, base, "the UNet's config", method="load_config", subfolder="unet", **self._hub)
+        config = self.read(UNet2DConditionModel, "the UNet's config", "unet", method="load_config")
         if isinstance(config.get("sample_size"), int):
             self.resolution = config["sample_size"] * self.latent_factor  # what this base was made for
 
-    @property
-    def _hub(self) -> dict:
-        return {"revision": self.options.revision, "cache_dir": self.options.cache_dir}
-
-    @property
-    def _vae_source(self) -> tuple[str, dict]:
-        other = self.options.pretrained_vae_model_name_or_path
-        if other is None:
-            return self.options.pretrained_model_name_or_path, self._hub | {"subfolder": "vae"}
-        return other, {"cache_dir": self.options.cache_dir} | ({"subfolder": "vae"} if Path(other, "vae").is_dir() else {})
-
-    # --- encoders --------------------------------------------------------------------------------------------------------
-
-    def load_encoders(self, dtype: torch.dtype, device: torch.device, vae_dtype: torch.dtype | None = None) -> None:
-        """VAE (in vae_dtype, where that differs) and text encoders, frozen. Raises UserError."""
-        base = self.options.pretrained_model_name_or_path
-        self.text_encoders = [from_hub(cls, base, "a text encoder", subfolder=name, torch_dtype=dtype, **self._hub)
-                              .requires_grad_(False).eval().to(device) for name, cls in self.encoder_classes.items()]
-        vae_dtype = vae_dtype or dtype
-        if vae_dtype != self.vae_dtype(vae_dtype):
+    def load_vae(self, asked: torch.dtype, device: torch.device) -> None:
+        if asked != self.vae_dtype(asked):
             warn("this VAE overflows in fp16 and is kept in float32; --pretrained_vae_model_name_or_path "
                  "madebyollin/sdxl-vae-fp16-fix runs in fp16")
-        self.vae = self.read_vae(self.vae_dtype(vae_dtype)).requires_grad_(False).eval().to(device)
+        super().load_vae(asked, device)
 
     def vae_dtype(self, asked: torch.dtype) -> torch.dtype:
         """The VAE's type where `asked` is asked for: SDXL's own VAE overflows in fp16."""
         overflows = asked == torch.float16 and self.name == "sdxl" and self.vae_config.get("force_upcast", True)
         return torch.float32 if overflows else asked
-
-    def read_vae(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-        source, where = self._vae_source
-        return from_hub(AutoencoderKL, source, "the VAE", torch_dtype=dtype, **where)
-
-    def encoder_sources(self) -> dict[str, tuple[str, str | None, str | None, str | None]]:
-        base, (vae, where) = self.options.pretrained_model_name_or_path, self._vae_source
-        names = [*self.encoder_classes, *(name.replace("text_encoder", "tokenizer") for name in self.encoder_classes)]
-        return {"vae": (vae, where.get("subfolder"), where.get("revision"), where["cache_dir"]),
-                **{name: (base, name, self.options.revision, self.options.cache_dir) for name in names}}
-
-    def drop_encoders(self) -> None:
-        self.text_encoders, self.vae = [], None
 
     @property
     def training_resolution(self) -> int:
@@ -128,15 +90,13 @@ class StableDiffusion15:
 
     def tokenize(self, captions: list[str]) -> Text:
         """input_ids.N (B, 77) for each tokenizer, padded and truncated."""
-        return {f"input_ids.{number}": tokenize(tokenizer, captions) for number, tokenizer in enumerate(self.tokenizers)}
+        return {f"input_ids.{number}": tokenize(tokenizer, captions)
+                for number, tokenizer in enumerate(self.tokenizers.values())}
 
     longer_text = "no option reads more"
 
-    def tokens_read(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Each caption's tokens without the two special ones, and how many of them are read: (B,) each."""
-        lengths = [len(ids) for ids in self.tokenizers[0]([text[:MAX_CAPTION_CHARACTERS] for text in captions],
-                                                          add_special_tokens=False).input_ids]
-        return np.array(lengths), np.minimum(lengths, self.tokenizers[0].model_max_length - 2)
+    def caption_room(self, tokenizer) -> int:
+        return tokenizer.model_max_length - 2
 
     @torch.no_grad()
     def encode_text(self, tokens: Text) -> Text:
@@ -221,8 +181,7 @@ class StableDiffusion15:
     @cached_property
     def _own_scheduler(self):
         """Read once: a hub would be asked for it at every batch."""
-        return from_hub(getattr(diffusers, self.index["scheduler"][1]), self.options.pretrained_model_name_or_path,
-                        "the scheduler", subfolder="scheduler", **self._hub)
+        return self.read(getattr(diffusers, self.index["scheduler"][1]), "the scheduler", "scheduler")
 
 
 class StableDiffusionXL(StableDiffusion15):
@@ -233,8 +192,7 @@ class StableDiffusionXL(StableDiffusion15):
 
     def __init__(self, options: ModelOptions, index: dict):
         self.refiner = "refiner" in Path(options.pretrained_model_name_or_path).name.lower()
-        second = {"text_encoder_2": CLIPTextModelWithProjection}
-        self.encoder_classes = second if self.refiner else {"text_encoder": CLIPTextModel} | second
+        self.encoder_names = ("text_encoder_2",) if self.refiner else ("text_encoder", "text_encoder_2")
         super().__init__(options, index)
         if self.turbo:
             self.license = "other"  # Stability's non-commercial one

@@ -1,12 +1,19 @@
-"""Token ids of prompts, as CLIP tokenizers give them."""
+"""Token ids of prompts, padded and truncated."""
 
 from torch import Tensor
 
-MAX_CAPTION_CHARACTERS = 20_000  # 77 tokens never reach so far, and tokenizing a whole book takes seconds
+LONGEST_CAPTION = 20_000  # characters: no encoder reads so far, and tokenizing a whole book takes seconds
+
+
+def cut(captions: list[str]) -> list[str]:
+    return [caption[:LONGEST_CAPTION] for caption in captions]
+
+
+def token_ids(tokenizer, captions: list[str], length: int) -> Tensor:
+    """(N, length), padded and truncated."""
+    return tokenizer(cut(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def tokenize(tokenizer, captions: list[str]) -> Tensor:
-    """(N, 77) token ids, padded and truncated."""
-    captions = [caption[:MAX_CAPTION_CHARACTERS] for caption in captions]
-    return tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                     return_tensors="pt").input_ids
+    """(N, 77), as CLIP tokenizers give them."""
+    return token_ids(tokenizer, captions, tokenizer.model_max_length)

@@ -60,6 +60,11 @@ def load_strictly(model: torch.nn.Module, state: dict[str, torch.Tensor], source
     model.load_state_dict(state, strict=True)
 
 
+def unsharded(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP2 shards: every process must call this then. Others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def from_hub(model_class, name: str | os.PathLike, what: str, method: str = "from_pretrained", **kwargs):
     """model_class.from_pretrained (or another loader of it) with its failures reported in one line."""
     try:

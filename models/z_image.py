@@ -8,9 +8,11 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from torch import Tensor, nn
 
+from models import parts
 from models.family import Text
 from models.flow import FlowFamily
-from models.parts import cut, each_alone
+from models.parts import each_alone
+from models.tokens import cut
 
 
 class ZImage(FlowFamily):
@@ -20,7 +22,7 @@ class ZImage(FlowFamily):
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]  # of the refiners too
     packing = 1
     default_sequence = longest_sequence = 512
-    steps, guidance = 50, 5.0
+    steps, guidance, distilled_sampling = 50, 5.0, (8, 0.0)
 
     # --- text ------------------------------------------------------------------------------------------------------------
 
@@ -52,7 +54,7 @@ class ZImage(FlowFamily):
         return super().latents(moments, torch.zeros_like(noise))
 
     def predict(self, network: nn.Module, x_t: Tensor, times: Tensor, text: Text, size: tuple[int, int]) -> Tensor:
-        captions = [rows[:length] for rows, length in zip(text["embeddings"], text["mask"].sum(dim=1).tolist())]
+        captions = [rows[:length] for rows, length in zip(text["embeddings"], parts.lengths(text["mask"]))]
         images = list(x_t.unsqueeze(2).unbind())
         return -torch.stack(network(images, 1 - times / 1000, captions, return_dict=False)[0]).squeeze(2)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from losses.spo import clipped_ratio, gaussian_log_prob, spo_loss
-from models.family import Family
+from models.family import Family, Text
 from models.guidance import guided, select
 from models.policy import Policy, load_policy
 from spo.resampler import Pairs
@@ -26,7 +26,7 @@ from training.guards import count_in
 from training.optimizers import effective_learning_rate
 from training.run import Run
 from training.state import LoraWeights, WholeWeights
-from training.validation import Validation
+from training.validation import Validation, encode_validation
 
 Batch = tuple[Pairs, float]  # and how much they weigh in their step
 
@@ -36,14 +36,15 @@ class SPOTask:
 
     name = "spo"
 
-    def __init__(self, run: Run, family: Family, policy: Policy, judge: Judge, prompts: list[str]):
+    def __init__(self, run: Run, family: Family, policy: Policy, judge: Judge, prompts: list[str],
+                 shown: tuple[Text, Text] | None = None):
         self.run, self.family, self.policy, self.spo = run, family, policy, run.options.more[0]
         self.trained = policy.network
         self.weights = LoraWeights(family, run) if policy.lora else WholeWeights(family.weights_file)
         self.max_steps = run.options.optimizer.max_train_steps
         self.sampler = Sampler(run, family, policy.network, judge, prompts)
         self.digest = digest_of(prompts)
-        self.validation = Validation(run, family, policy)
+        self.validation = Validation(run, family, policy, shown)
         self.progress = Progress()
         self.round: Round | None = None  # the one that is learned from
         self.steps_left = 0  # of it
@@ -196,8 +197,7 @@ class SPOTask:
             "method": f"spo, beta {spo.spo_beta:g}, ratios clipped at 1 +- {spo.spo_clip:g}",
             "base": f"{options.model.pretrained_model_name_or_path} ({self.family.label}, {options.data.resolution} px)"
                     + (f", weights of {options.model.unet_init}" if options.model.unet_init else ""),
-            "policy": (f"LoRA rank {options.model.lora_rank}, alpha {options.model.lora_alpha:g}" if self.policy.lora
-                       else "whole network, float32 weights"),
+            "policy": self.policy.in_words(options),
             "reference": "policy without adapter" if self.policy.lora else "frozen copy",
             "precision": f"{options.memory.mixed_precision}, log-probabilities in float32",
             "sampling": f"{spo.spo_num_steps} random steps, eta {self.sampler.eta:g}, guidance {spo.spo_guidance:g}; pools of "
@@ -222,9 +222,10 @@ def make_task(run: Run, family: Family, kind: type[SPOTask] = SPOTask) -> SPOTas
         prompts = load_prompts(options)
     judge = load_judge(spo, options.model.cache_dir, run.device)
     family.load_encoders(run.dtype, run.device)
+    shown = encode_validation(run, family)
     policy = load_policy(family, options.memory, run.dtype, run.device, needs_reference=True,
                          resolution=options.data.resolution)
-    return kind(run, family, policy, judge, prompts)
+    return kind(run, family, policy, judge, prompts, shown)
 
 
 def digest_of(prompts: list[str]) -> str:

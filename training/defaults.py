@@ -1,6 +1,6 @@
 """Defaults that depend on the method and on the base: the published values, filled in where an option was not given."""
 
-from common.errors import warn
+from common.errors import UserError, warn
 from common.train_options import TrainOptions
 from models.devices import settle_precision
 from models.family import Family
@@ -73,6 +73,9 @@ def settle_model(options: TrainOptions, base: Family) -> None:
         per_pair = "winner_preserving_granularity" in given or options.objective.winner_preserving_space == "parameter"
         if not per_pair:  # a batch's lambda follows its noisy pairs, a pair's own is the same in every space
             options.objective.winner_preserving_granularity = "sample"
+    if model.lora_rank and options.objective.reference_ema is not None:
+        raise UserError(f"--reference_ema needs a reference of its own, and LoRA's, the default of {base.label}, is the policy without its "
+                        "adapter: drop it, or train the whole network with --lora_rank 0")
     if model.lora_rank and model.lora_alpha is None:
         model.lora_alpha = float(model.lora_rank * (2 if base.flow else 1))
     if not model.lora_rank:

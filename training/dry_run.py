@@ -156,6 +156,8 @@ def what_lowers_memory(task: Task, run: Run, family: Family) -> list[str]:
         found.append("--cached_dataset (no VAE, no text encoders: scripts/prepare/cache.sh)")
     if not options.model.lora_rank:
         found.append("--lora_rank 16 (no moments of the whole network)")
+    elif memory.quantize_base == "none":
+        found.append("--quantize_base int8 or nf4 (half or a quarter of the frozen base)")
     return found
 
 

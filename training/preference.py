@@ -29,7 +29,7 @@ from training.parameter_space import check_whole_gradients, parameter_space_loss
 from training.run import Run
 from training.state import LoraWeights, WeightsAndReference, WholeWeights
 from training.stored_pairs import StoredPairs
-from training.validation import Validation
+from training.validation import Validation, encode_validation
 
 FEW_PAIRS = 8  # a step of fewer, at the rate published for 2048, is warned of
 
@@ -37,7 +37,8 @@ FEW_PAIRS = 8  # a step of fewer, at the rate published for 2048, is warned of
 class PreferenceTask(StoredPairs):
     """Offline preference optimisation. See training.fit.Task for what each method is for."""
 
-    def __init__(self, run: Run, family: Family, policy: Policy, pairs: PairTable, cache: CachedDataset | None = None):
+    def __init__(self, run: Run, family: Family, policy: Policy, pairs: PairTable, cache: CachedDataset | None = None,
+                 shown: tuple[Text, Text] | None = None):
         options = run.options
         size = (options.data.resolution, options.data.resolution)
         dataset = PairDataset(pairs, options.data, run.seed, family.latent_shape(*size), family.tokenize, cache,
@@ -55,7 +56,7 @@ class PreferenceTask(StoredPairs):
             raise UserError("--reference_ema needs whole weights on every device: train with DDP")
         self.config = loss_config(options.objective, family.name)
         self.watch = Watch(options.run.watch_winner_rise, options.run.watch_margin, options.objective.use_winner_preserving)
-        self.validation = Validation(run, family, policy)
+        self.validation = Validation(run, family, policy, shown)
         if options.objective.safeguards_parameters:
             check_whole_gradients(run.accelerator)
         if run.pairs_per_step > len(pairs):
@@ -137,8 +138,7 @@ class PreferenceTask(StoredPairs):
             "method": f"{self.name}{beta}, safeguard {safeguard}",
             "base": f"{options.model.pretrained_model_name_or_path} ({self.family.label}, {options.data.resolution} px)"
                     + (f", weights of {options.model.unet_init}" if options.model.unet_init else ""),
-            "policy": (f"LoRA rank {options.model.lora_rank}, alpha {options.model.lora_alpha:g}" if self.policy.lora
-                       else "whole network, float32 weights"),
+            "policy": self.policy.in_words(options),
             "reference": reference + (f", moving average of decay {objective.reference_ema:g}" if self.moving else ""),
             "precision": f"{options.memory.mixed_precision}, errors in float32",
             "pairs": "; ".join([f"{len(self.pairs)} of {options.data.source or options.data.cached_dataset}",
@@ -176,9 +176,10 @@ def make_task(run: Run, family: Family) -> PreferenceTask:
         check_cache(cache, options.data, family, options.memory.mixed_precision, pairs.image_columns)
     else:
         family.load_encoders(run.dtype, run.device)
+    shown = encode_validation(run, family)
     policy = load_policy(family, options.memory, run.dtype, run.device, options.objective.needs_reference,
                          options.data.resolution)
-    return PreferenceTask(run, family, policy, pairs, cache)
+    return PreferenceTask(run, family, policy, pairs, cache, shown)
 
 
 def load_rows(options: TrainOptions, cache: CachedDataset | None) -> tuple[datasets.Dataset, datasets.Dataset | None]:

@@ -22,7 +22,7 @@ from models.devices import sharded, writing
 from models.family import Family
 from models.lora import LORA_FILE, facts_of, read_metadata
 from models.policy import MovingReference
-from models.weights import load_strictly, read_state_dict
+from models.weights import load_strictly, read_state_dict, unsharded
 from training.checkpoints import (PROGRESS, choose_checkpoint, list_checkpoints, put_in_place, read_progress,
                                   remove_leftovers, remove_older, step_of, write_manifest)
 from training.run import Run, changed_settings, set_aside
@@ -77,19 +77,20 @@ class LoraWeights:
     run: Run
 
     def save(self, accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
-        if accelerator.is_main_process:
-            network, backbone = accelerator.unwrap_model(model), self.family.backbone
-            layers = get_peft_model_state_dict(network)
-            if backbone == "unet":  # it renames a transformer's in part, and diffusers then reads some of them
-                layers = convert_state_dict_to_diffusers(layers)
-            self.family.pipeline.save_lora_weights(folder, **{f"{backbone}_lora_layers": layers},
-                                                   **_collate_lora_metadata({backbone: network}))
-            options = self.run.options
-            facts = facts_of(self.family, network, options.model, {
-                "output_dir": self.run.output_dir.name, "method": options.objective.train_method, "seed": self.run.seed})
-            file = folder / LORA_FILE
-            save_file(load(file.read_bytes()), file, metadata=read_metadata(file) | facts)
-            make_readable(folder)
+        """Written by the main process; every process must call this."""
+        network, backbone, options = accelerator.unwrap_model(model), self.family.backbone, self.run.options
+        layers = {name: unsharded(value) for name, value in get_peft_model_state_dict(network).items()}
+        facts = facts_of(self.family, network, options.model, {
+            "output_dir": self.run.output_dir.name, "method": options.objective.train_method, "seed": self.run.seed})
+        if not accelerator.is_main_process:
+            return
+        if backbone == "unet":  # it renames a transformer's in part, and diffusers then reads some of them
+            layers = convert_state_dict_to_diffusers(layers)
+        self.family.pipeline.save_lora_weights(folder, **{f"{backbone}_lora_layers": layers},
+                                               **_collate_lora_metadata({backbone: network}))
+        file = folder / LORA_FILE
+        save_file(load(file.read_bytes()), file, metadata=read_metadata(file) | facts)
+        make_readable(folder)
 
     def load(self, network: nn.Module, folder: Path) -> None:
         prefix = f"{self.family.backbone}."

@@ -5,23 +5,41 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from PIL import Image
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from tqdm import tqdm
 
 from data.draws import derived_seed
-from models.family import Family
+from models.family import Family, Text
 from models.guidance import encode_prompts
 from models.policy import Policy
 from models.sampling import SamplingSettings, sample
 from training.run import Run
 
 
+def encode_validation(run: Run, family: Family) -> tuple[Text, Text] | None:
+    """The text of --validation_prompts and of the empty prompt, on the process that draws; None where nothing is drawn.
+
+    Where a cache replaces the encoders they are read for this alone, once: call it before the network is loaded.
+    """
+    prompts, own = run.options.run.validation_prompts, not family.text_encoders
+    if not prompts or not run.main:
+        return None
+    if own:
+        family.load_encoders(run.dtype, run.device)
+    text = encode_prompts(family, prompts, run.device), encode_prompts(family, [family.empty_prompt], run.device)
+    if own:
+        family.drop_encoders()
+        clear_device_cache(garbage_collection=True)
+    return text
+
+
 class Validation:
     """validation(step) draws --validation_prompts into OUTPUT_DIR/validation/step-STEP/N.png, and shows them in the
-    trackers. Every process must call it; the main one draws."""
+    trackers. text: what encode_validation gave. Every process must call it; the main one draws."""
 
-    def __init__(self, run: Run, family: Family, policy: Policy):
-        self.run, self.family, self.policy = run, family, policy
+    def __init__(self, run: Run, family: Family, policy: Policy, text: tuple[Text, Text] | None):
+        self.run, self.family, self.policy, self.text = run, family, policy, text
         options, resolution = run.options.run, run.options.data.resolution
         self.prompts = options.validation_prompts
         self.settings = SamplingSettings(resolution, resolution, options.validation_inference_steps,
@@ -40,9 +58,8 @@ class Validation:
         network, device = self.policy.network, self.run.device
         was_training = network.training
         network.eval()
-        with self.encoders():
-            text = encode_prompts(self.family, self.prompts, device)
-            empty = encode_prompts(self.family, [self.family.empty_prompt], device)
+        text, empty = self.text
+        with self.vae():
             sheets = []
             for number in range(len(self.prompts)):
                 row = {name: rows[number:number + 1] for name, rows in text.items()}
@@ -65,11 +82,11 @@ class Validation:
             return sample(self.family, network, text, empty, [seed], self.settings, noise_device=torch.device("cpu"))[0]
 
     @contextmanager
-    def encoders(self):
-        """The family's encoders, for as long as the images take where a cache replaces them."""
+    def vae(self):
+        """The family's VAE, for as long as the images take where a cache replaces it."""
         own = self.family.vae is None
         if own:
-            self.family.load_encoders(self.run.dtype, self.run.device)
+            self.family.load_vae(self.run.dtype, self.run.device)
         try:
             yield
         finally:

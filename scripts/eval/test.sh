@@ -15,14 +15,13 @@ fi
 unet="$1"; shift
 
 generate=(--prompts papv2 hpsv2 partiprompts); score=(); bucket=generate
-own() { generate+=(--pretrained_model_name_or_path "$1" --num_inference_steps "$2" --cfg "$3" --cfg_convention diffusers
-                   --scheduler default); } # steps and guidance as the base's own pipeline has them
+base() { generate+=(--pretrained_model_name_or_path "$1"); }
 case "$kind" in
   sdxl) generate+=(--sdxl) ;;
-  sd3) own stabilityai/stable-diffusion-3.5-medium 28 7 ;;
-  flux) own black-forest-labs/FLUX.1-dev 28 3.5 ;;
-  qwen_image) own Qwen/Qwen-Image 50 4 ;;
-  z_image) own Tongyi-MAI/Z-Image 50 5 ;;
+  sd3) base stabilityai/stable-diffusion-3.5-medium ;;
+  flux) base black-forest-labs/FLUX.1-dev ;;
+  qwen_image) base Qwen/Qwen-Image ;;
+  z_image) base Tongyi-MAI/Z-Image ;;
 esac
 for word in "$@"; do
   case "$word" in

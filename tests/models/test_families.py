@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import math
 import os
 import shutil
@@ -16,8 +17,10 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from common.train_checks import parse_options
+from common.errors import UserError
 from common.train_options import ModelOptions
 from data.cache import CacheOptions, cache as library_cache
+from eval import generate
 from models.family import FAMILIES, open_family
 from models.guidance import encode_with_empty
 from models.networks import load_network
@@ -168,13 +171,28 @@ def test_at_step_zero_the_margin_is_0_and_the_loss_log_2(kind, flags, trained):
 @pytest.mark.parametrize("kind", FAMILY_NAMES)
 def test_cached_is_uncached_to_the_bit(kind, bases, pairs_dir, trained, tmp_path):
     uncached, cache = trained(kind, WHOLE), tmp_path / "cache"
-    # Flow families encode prompts one by one; a CLIP's projection of 2 prompts is rounded otherwise than that of 8.
-    alike = [] if kind in KINDS else ["--encode_batch_size", 2]
-    here(library_cache, [*common(kind, bases, pairs_dir), *WHOLE, "--cached_dataset", cache, *alike], CacheOptions)
+    here(library_cache, [*common(kind, bases, pairs_dir), *WHOLE, "--cached_dataset", cache], CacheOptions)
     with mock.patch.object(type(open_family(ModelOptions(str(bases[kind])))), "load_encoders", side_effect=AssertionError):
         cached = trained(kind, WHOLE, "--cached_dataset", cache)
     assert scalars(cached) == scalars(uncached)
     assert_same(checkpoint(cached), checkpoint(uncached))
+
+
+def test_validation_prompts_of_a_cached_run_are_encoded_once_and_drawn_as_without_a_cache(bases, pairs_dir, trained, tmp_path):
+    more = ("--max_train_steps", 2, "--validation_prompts", *PROMPTS, "--validation_steps", 1, "--validation_inference_steps", 2)
+    here(library_cache, [*common("sd3", bases, pairs_dir), *LORA, "--cached_dataset", tmp_path / "cache"], CacheOptions)
+    uncached = trained("sd3", LORA, *more, into=tmp_path / "uncached")
+    opened_as = type(open_family(ModelOptions(str(bases["sd3"]))))
+    with (mock.patch.object(opened_as, "load_encoders", autospec=True, side_effect=opened_as.load_encoders) as encoders,
+          mock.patch.object(opened_as, "load_vae", autospec=True, side_effect=opened_as.load_vae) as vae):
+        cached = trained("sd3", LORA, *more, "--cached_dataset", tmp_path / "cache", into=tmp_path / "cached")
+    assert encoders.call_count == 1 and vae.call_count == 1 + 2, "the encoders once at the start, the VAE at each of 2 drawings"
+    family = encoders.call_args.args[0]
+    assert family.vae is None and not family.text_encoders
+    for step in (1, 2):
+        for number in range(len(PROMPTS)):
+            name = Path("validation", f"step-{step}", f"{number}.png")
+            assert (cached / name).read_bytes() == (uncached / name).read_bytes()
 
 
 @pytest.mark.parametrize("flags", [WHOLE, LORA], ids=["whole", "lora"])
@@ -202,6 +220,24 @@ def test_the_lora_opens_in_diffusers_and_draws_as_the_policy(kind, bases, traine
     adapter = getattr(pipeline, family.backbone).peft_config["default_0"]
     assert adapter.r == 4 and adapter.lora_alpha == 6
     assert (run / "model_index.json").is_file() == (family.backbone == "unet"), "transformers leave the adapter alone"
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_generate_samples_as_published_unless_told(kind, bases, tmp_path, capsys):
+    (tmp_path / "own.json").write_text(json.dumps(PROMPTS[:1]))
+    words = ["--unet_path", "base", "--pretrained_model_name_or_path", bases[kind], "--prompts", tmp_path / "own.json", "--height", 32,
+             "--width", 32, "--max_sequence_length", WORDS[kind], "--no_zip", "--output_dir", tmp_path / "out"]
+    generate.main([str(word) for word in [*words, "--num_inference_steps", 2]])
+    family = opened(kind, bases)
+    assert (f"{family.label} at 32x32: 2 steps, guidance {family.guidance:g} (default) in the diffusers sense, default scheduler"
+            in capsys.readouterr().out)
+    [manifest] = (tmp_path / "out").glob("*.json")
+    [made] = json.loads(manifest.read_text())
+    settings = made["metadata"]
+    assert (settings["cfg"], settings["cfg_convention"], settings["scheduler"]) == (family.guidance, "diffusers", "default")
+    assert settings["max_sequence_length"] == WORDS[kind] and (tmp_path / "out" / made["gen_image_path"]).is_file()
+    with pytest.raises(UserError, match="--cfg_convention official: give --cfg too"):
+        generate.main([str(word) for word in [*words, "--cfg_convention", "official"]])
 
 
 @pytest.mark.parametrize("kind", FAMILY_NAMES)

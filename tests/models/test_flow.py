@@ -185,11 +185,13 @@ def test_a_lora_of_another_family(bases, tmp_path):
         load_network(family_of(bases["sd3"]), path)
 
 
-def test_a_distilled_base_is_warned_of(bases, tmp_path, capsys):
-    name = tmp_path / "Z-Image-Turbo"
-    name.symlink_to(bases["z_image"])
-    family_of(name)
+@pytest.mark.parametrize("name, kind, sampling", [("Z-Image-Turbo", "z_image", (8, 0.0)), ("FLUX.1-schnell", "flux", (4, 1.0)),
+                                                  ("stable-diffusion-3.5-large-turbo", "sd3", (4, 1.0))])
+def test_a_distilled_base_is_warned_of_and_sampled_in_few_steps(name, kind, sampling, bases, tmp_path, capsys):
+    (tmp_path / name).symlink_to(bases[kind])
+    family = family_of(tmp_path / name)
     assert "is distilled to few steps without guidance" in capsys.readouterr().err
+    assert (family.steps, family.guidance) == sampling != (family_of(bases[kind]).steps, family_of(bases[kind]).guidance)
 
 
 def test_qwens_schedule_of_one_step_is_refused(bases):

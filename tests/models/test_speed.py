@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.speed import recompute_cheap
+from tests.flow_pipelines import KINDS, build_flow_pipeline
 
 NAMES = ("train_loss", "model_mse_unaccumulated", "ref_mse_unaccumulated", "margin_mean", "avg_lose_l_scale")
 
@@ -86,16 +87,35 @@ def test_savings_of_memory_change_no_bit_and_channels_last_agrees(train_run, tin
         assert largest_difference(plain[:3], train_run(arguments(tiny_sd15, pairs_dir, flag))) <= bound
 
 
+def compile_by(backend, monkeypatch):
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr("models.policy.check_compiler", lambda device: None)
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda module, options, **flags: compile_module(module, backend=backend, **flags))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_transformers_save_memory_without_a_bit_and_compiled_agree(kind, train_run, pairs_dir, tmp_path, monkeypatch):
+    base = build_flow_pipeline(tmp_path / kind, kind)
+    flags = ["--pretrained_model_name_or_path", base, "--train_data_dir", pairs_dir, "--resolution=32", "--mixed_precision=no",
+             "--use_winner_preserving", "--max_sequence_length=96", "--lora_rank=4", "--max_train_steps=2", "--learning_rate=1e-3"]
+    plain = train_run(flags)
+    assert plain[0]["train_loss"] != plain[1]["train_loss"]
+    for saving in ("--gradient_checkpointing", "--selective_checkpointing"):
+        assert largest_difference(plain, train_run([*flags, saving])) == 0.0
+    compile_by("aot_eager", monkeypatch)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert largest_difference(plain, train_run([*flags, "--compile"])) < 1e-4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[
     pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available() and shutil.which("g++") is None,
                                          reason="needs a GPU or a C++ compiler")])])
 def test_compiled_agrees(train_run, one_block_sd15, pairs_dir, monkeypatch, backend):
     """inductor is what --compile uses; aot_eager captures, splits and caches as it does, and runs torch's own kernels."""
     if backend == "aot_eager":
-        compile_module = torch.nn.Module.compile
-        monkeypatch.setattr("models.policy.check_compiler", lambda device: None)
-        monkeypatch.setattr(torch.nn.Module, "compile",
-                            lambda module, options, **flags: compile_module(module, backend=backend, **flags))
+        compile_by(backend, monkeypatch)
     eager = train_run(arguments(one_block_sd15, pairs_dir))
     compiled = train_run(arguments(one_block_sd15, pairs_dir, "--compile"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4

@@ -117,7 +117,7 @@ def test_turbo_and_refiner_take_their_own_timesteps(name, times, tiny_sdxl, tmp_
 
 def test_the_refiner_has_one_text_encoder_and_an_aesthetic_score_among_its_size_ids(tiny_sdxl, tmp_path):
     family = renamed(tiny_sdxl, tmp_path, "stable-diffusion-xl-refiner-1.0", _class_name="StableDiffusionXLImg2ImgPipeline")
-    assert list(family.encoder_classes) == ["text_encoder_2"] and len(family.tokenizers) == 1
+    assert family.encoder_names == ("text_encoder_2",) and len(family.tokenizers) == 1
     text = {"embeddings": torch.zeros(2, 77, 8), "pooled": torch.zeros(2, 8)}
     assert family.network_arguments(text, SIZE)["added_cond_kwargs"]["time_ids"].tolist() == 2 * [[64, 64, 0, 0, 6.0]]
 

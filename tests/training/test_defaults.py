@@ -75,6 +75,12 @@ def test_flow_matching_has_the_published_flow_recipes():
     assert settled("sd15", "--lora_rank", 4).lora_alpha == 4 and settled("sd15").winner_preserving_granularity == "batch"
 
 
+def test_a_moving_reference_is_refused_beside_the_default_lora():
+    with pytest.raises(UserError, match="--reference_ema needs a reference of its own.*--lora_rank 0"):
+        settled("sd3", "--reference_ema", 0.99)
+    assert settled("sd3", "--reference_ema", 0.99, "--lora_rank", 0).reference_ema == 0.99
+
+
 def test_fp16_is_refused_where_it_overflows_and_a_meaningless_option_is_named(capsys):
     with pytest.raises(UserError, match="flux overflows in fp16: use --mixed_precision bf16"):
         settled("flux", "--mixed_precision", "fp16")
