@@ -26,9 +26,9 @@ class CacheOptions:
     title = "the cache"
 
     pairs_per_shard: int = option(1024, "pairs per file (SD1.5: 0.27 MB a pair, SDXL: 1 MB)", at_least=1)
-    encode_batch_size: int | None = option(None, "pairs, or prompts, that a device encodes at a time; of SD1.5 and SDXL another "
-                                           "one than the training's changes last bits", at_least=1,
-                                           default_text="--train_batch_size")
+    encode_batch_size: int | None = option(
+        None, "pairs, or prompts, that a device encodes at a time; of SD1.5 and SDXL another one than the training's changes "
+        "last bits", at_least=1, default_text="--train_batch_size")
 
 
 def cache(options: TrainOptions, own: CacheOptions) -> None:

@@ -86,7 +86,8 @@ def settle_defaults(options: GenerateOptions, family: Family, device: torch.devi
     options.height, options.width = (side or family.resolution for side in (options.height, options.width))
     family.latent_shape(options.height, options.width)
     if family.flow and options.cfg_convention == "official" and options.cfg is None:
-        raise UserError(f"--cfg_convention official: give --cfg too; {family.label}'s own {family.guidance:g} is in its pipeline's sense")
+        raise UserError(f"--cfg_convention official: give --cfg too; {family.label}'s own {family.guidance:g} is in its "
+                        "pipeline's sense")
     if options.max_sequence_length and family.sequence_length is None:
         warn(f"--max_sequence_length means nothing for {family.label}")
     convention, scheduler = ("diffusers", "default") if family.flow else ("official", "euler")

@@ -74,8 +74,8 @@ def settle_model(options: TrainOptions, base: Family) -> None:
         if not per_pair:  # a batch's lambda follows its noisy pairs, a pair's own is the same in every space
             options.objective.winner_preserving_granularity = "sample"
     if model.lora_rank and options.objective.reference_ema is not None:
-        raise UserError(f"--reference_ema needs a reference of its own, and LoRA's, the default of {base.label}, is the policy without its "
-                        "adapter: drop it, or train the whole network with --lora_rank 0")
+        raise UserError(f"--reference_ema needs a reference of its own, and LoRA's, the default of {base.label}, is the policy "
+                        "without its adapter: drop it, or train the whole network with --lora_rank 0")
     if model.lora_rank and model.lora_alpha is None:
         model.lora_alpha = float(model.lora_rank * (2 if base.flow else 1))
     if not model.lora_rank:
