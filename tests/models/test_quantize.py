@@ -1,6 +1,7 @@
 """LoRA on a quantised base: exact reference, resume, an adapter that diffusers opens; what is refused."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -25,9 +26,8 @@ INT8 = ["--quantize_base=int8", "--gradient_checkpointing", "--lora_rank=4", "--
 
 
 @pytest.fixture(scope="module")
-def bases(tiny_sd15, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    return {"sd15": tiny_sd15} | {kind: build_flow_pipeline(folder / kind, kind) for kind in KINDS}
+def bases(tiny_sd15, built_once):
+    return {"sd15": tiny_sd15} | {kind: built_once(kind, partial(build_flow_pipeline, kind=kind)) for kind in KINDS}
 
 
 def flags(base, pairs, *more):

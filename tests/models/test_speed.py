@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -95,8 +96,8 @@ def compile_by(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_transformers_save_memory_without_a_bit_and_compiled_agree(kind, train_run, pairs_dir, tmp_path, monkeypatch):
-    base = build_flow_pipeline(tmp_path / kind, kind)
+def test_transformers_save_memory_without_a_bit_and_compiled_agree(kind, train_run, pairs_dir, built_once, monkeypatch):
+    base = built_once(kind, partial(build_flow_pipeline, kind=kind))
     flags = ["--pretrained_model_name_or_path", base, "--train_data_dir", pairs_dir, "--resolution=32", "--mixed_precision=no",
              "--use_winner_preserving", "--max_sequence_length=96", "--lora_rank=4", "--max_train_steps=2", "--learning_rate=1e-3"]
     plain = train_run(flags)

@@ -1,5 +1,6 @@
 """The policy sharded by FSDP2 over two processes: exact at step 0, whole on disk, resumed to the bit."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_every_family_names_the_blocks_that_are_sharded_one_by_one(kind, tmp_path):
-    family = open_family(ModelOptions(str(build_flow_pipeline(tmp_path / kind, kind))))
+def test_every_family_names_the_blocks_that_are_sharded_one_by_one(kind, built_once):
+    family = open_family(ModelOptions(str(built_once(kind, partial(build_flow_pipeline, kind=kind)))))
     network = load_network(family)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     shard_by(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), family.compiled_blocks)
