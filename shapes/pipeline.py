@@ -94,10 +94,8 @@ def with_projection(encoder: CLIPTextModel, more_layers: int = 0) -> CLIPTextMod
     prefixed = {"text_model." + name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
     longer.load_state_dict(prefixed, strict=False)
     nn.init.eye_(longer.text_projection.weight)
-    for layer in longer.text_model.encoder.layers[layers:]:
-        for last in (layer.self_attn.out_proj, layer.mlp.fc2):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+    for parameter in longer.text_model.encoder.layers[layers:].parameters():
+        nn.init.zeros_(parameter)
     return longer.eval()
 
 
