@@ -31,7 +31,7 @@ def configs_with_runs(results: Results, world: World) -> list[Config]:
 def core_of(results: Results, world: World) -> tuple[list[Config], list[float]]:
     """Plain and safeguarded, and the rates at which both were run with SEED."""
     configs = [config for config in configs_with_runs(results, world) if config.variant in CORE]
-    return configs, [rate for rate in results.settings.rates if all(results.points(config, rate, SEED) for config in configs)]
+    return configs, [rate for rate in results.settings.rates if all(rate in results.rates(config) for config in configs)]
 
 
 def quality(results: Results, world: World, path: Path) -> None:

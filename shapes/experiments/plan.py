@@ -77,8 +77,8 @@ class Settings:
 
     @property
     def lower(self) -> list[float]:
-        """The grid of the objectives' short runs, without the rates at which the first steps destroy all."""
-        return self.rates[:-2] or self.rates
+        """The grid of the objectives' short runs: without the rates at which they get nowhere, or destroy all at once."""
+        return (self.rates[:-2] if self.full else self.rates[1:-2]) or self.rates
 
 
 def short(rate: float) -> str:

@@ -93,7 +93,7 @@ def best_row(results: Results, config: Config, share: float = 1.0) -> list[str] 
     one_seed = f" (seed {SEED} alone)" if list(by_seed) == [SEED] else ""
     wins = over(lambda point: float(np.mean(np.greater(point["scores"], base["scores"]))))
     seconds = results.points(config, cell.rate, SEED)[cell.step]["seconds"]
-    edge = "" if len(rates := results.rates(config)) < 3 or cell.rate not in (rates[0], rates[-1]) else " (edge)"
+    edge = "" if len(rates := results.rates(config, share=share)) < 3 or cell.rate not in (rates[0], rates[-1]) else " (edge)"
     return [f"{short(cell.rate)}{edge}", str(cell.step), f"{seconds:.0f}", f"{np.mean(over(score)):.3f}",
             interval(gains).show() + one_seed, f"{np.mean(wins):.0%}", percent("winner"), percent("loser"),
             mean("lambda", ".2f"), mean("cleanliness", ".3f"), mean("colour", ".2f")]

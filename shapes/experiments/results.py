@@ -65,14 +65,14 @@ class Results:
                 points[step] = next((point for point in record["points"] if point["step"] == step), record["points"][-1])
         return points
 
-    def rates(self, config: Config, seed: int = SEED) -> list[float]:
-        """The rates of the grid that were run with a seed."""
-        return [rate for rate in self.settings.rates if self.points(config, rate, seed)]
+    def rates(self, config: Config, seed: int = SEED, share: float = 1.0) -> list[float]:
+        """The rates of the grid that were run with a seed, to that share of the steps at least."""
+        return [rate for rate in self.settings.rates if self.end(rate, share).step in self.points(config, rate, seed)]
 
     def best(self, config: Config, share: float = 1.0) -> Cell | None:
         """The (rate, steps) whose drawings score highest with SEED; a share below 1 takes the smaller grid of rates too."""
         allowed = judged_steps(self.settings, share)
-        rates = [rate for rate in self.rates(config) if share == 1.0 or rate in self.settings.lower]
+        rates = [rate for rate in self.rates(config, share=share) if share == 1.0 or rate in self.settings.lower]
         cells = {Cell(rate, step): score(point) for rate in rates
                  for step, point in self.points(config, rate, SEED).items() if step in allowed}
         return max(cells, key=cells.__getitem__) if cells else None
