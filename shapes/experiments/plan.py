@@ -45,7 +45,7 @@ class Settings:
     output: str = option("output/claims", "folder for the runs and the report")
     smoke: bool = option(False, "tiny budgets: does everything run?")
     full: bool = option(False, "every part, longer runs, more captions: hours")
-    parts: list[str] = option([], f"of {', '.join(PARTS)}; by default all but flow and methods")
+    parts: list[str] = option([], f"of {', '.join(PARTS)}; by default all but methods")
     report: bool = option(False, "only write the report of the runs that are there")
     rates: list[float] = option([1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "the grid", above=0)
     seeds: int = option(3, "further seeds, which are reported", at_least=1)
@@ -64,7 +64,7 @@ class Settings:
             self.pairs, self.captions, self.inference_steps, self.instrument_steps, self.timing_rounds = 24, 2, 2, 2, 2
         if self.full:
             self.steps, self.captions, self.parts = 300, 48, self.parts or list(PARTS)
-        self.parts = self.parts or [part for part in PARTS if part not in ("flow", "methods")]
+        self.parts = self.parts or [part for part in PARTS if part != "methods"]
 
     @property
     def further(self) -> range:
