@@ -65,7 +65,7 @@ def room_map(results: Results, world: World, path: Path) -> None:
     columns = min(4, len(configs))
     figure = Figure(figsize=(3.1 * columns + 0.8, 2.6 * -(-len(configs) // columns)), layout="constrained")
     panels = figure.subplots(-(-len(configs) // columns), columns, squeeze=False).flat
-    for axes, config in zip(panels, configs):
+    for config, axes in zip(configs, panels):  # in this order, zip leaves the unused panels
         rates = results.rates(config)
         gains = np.array([[score(point) - base for point in results.points(config, rate, SEED).values()] for rate in rates])
         image = axes.imshow(gains, cmap="RdBu", vmin=-GREATEST, vmax=GREATEST, aspect="auto", origin="lower")
