@@ -1,4 +1,7 @@
-"""train.py's options, parsed and checked: what contradicts is refused, and what does nothing is warned of."""
+"""train.py's options, parsed and checked: what contradicts is refused, and what does nothing is warned of.
+
+What needs the base to be known is refused where it is looked up: training/defaults.py, models/quantize.py, models/devices.py.
+"""
 
 import os
 from dataclasses import fields

@@ -126,7 +126,7 @@ class ObjectiveOptions:
     sft: bool = option(False, "the same as --train_method sft")
     beta_dpo: float | None = option(None, "beta, strength of the implicit KL to the reference", above=0, methods=WITH_BETA,
                                     default_text="published: 5000; dmpo 2000, SDXL 6000; dspo 0.001, SDXL 5000; linear-dpo "
-                                                 "100, SDXL 500")
+                                                 "100, SDXL 500; flow matching 100; dmpo 40, dspo 0.001, linear-dpo 2")
     dmpo_alpha: float | None = option(None, "DMPO's label smoothing", at_least=0, below=1, methods=("dmpo",),
                                       default_text="published: 0.01")
     mapo_weight: float = option(0.1, "MaPO's weight of the margin term", at_least=0, methods=("mapo",))
@@ -147,9 +147,10 @@ class ObjectiveOptions:
     use_winner_preserving: bool = option(False, "the SDPO safeguard: scale the loser's gradient by lambda", methods=PAIRWISE)
     winner_preserving_mu: float | None = option(
         None, "the safeguard's strength; larger is more conservative", at_least=0, at_most=1, methods=PAIRWISE,
-        needs="use_winner_preserving", default_text="published: 0.9, SDXL 0.6; dspo 0.2, SDXL 0.6")
+        needs="use_winner_preserving", default_text="published: 0.9, SDXL 0.6; dspo 0.2, SDXL 0.6; flow matching 0.6")
     winner_preserving_granularity: Literal["batch", "sample"] = option(
-        "batch", "one lambda a micro-batch, or a pair", methods=PAIRWISE, needs="use_winner_preserving")
+        "batch", "one lambda per micro-batch, or per pair", methods=PAIRWISE, needs="use_winner_preserving",
+        default_text="batch; flow matching sample")
     winner_preserving_space: Literal["output", "parameter"] = option(
         "output", "lambda from gradients of predictions (published), or of parameters (a second backward pass)",
         methods=PAIRWISE, needs="use_winner_preserving")
@@ -183,11 +184,13 @@ class OptimizerOptions:
 
     train_batch_size: int = option(1, "pairs a device in a micro-step", at_least=1)
     gradient_accumulation_steps: int = option(1, "micro-steps per optimizer step", at_least=1)
-    max_train_steps: int = option(2000, "optimizer steps; 0 counts --num_train_epochs instead", at_least=0, free=True)
+    max_train_steps: int = option(2000, "optimizer steps; 0 counts --num_train_epochs instead", at_least=0, free=True,
+                                  default_text="2000; flow matching 1000")
     num_train_epochs: int = option(100, "passes over the data, where --max_train_steps is 0", at_least=0, free=True)
     learning_rate: float | None = option(
         None, "peak learning rate, before --scale_lr", above=0,
-        default_text="published: 1e-8, SDXL 1e-9, with --scale_lr; without it 2e-5, SDXL 2e-6, LoRA 1e-4")
+        default_text="published: 1e-8, SDXL 1e-9, with --scale_lr; without it 2e-5, SDXL 2e-6, LoRA 1e-4; "
+                     "flow matching 1e-6, LoRA 1e-5, in all")
     scale_lr: bool = option(False, "multiply the learning rate by devices * batch * accumulation")
     lr_scheduler: str = option("constant_with_warmup", "a schedule of diffusers.optimization, or warmup_then_decay: DeepSpeed's")
     lr_warmup_steps: int | None = option(None, "optimizer steps of linear warm-up", at_least=0,
@@ -230,9 +233,10 @@ class RunOptions:
                                                "(.txt, .json)", free=True)
     validation_steps: int = option(500, "optimizer steps between validations", at_least=1, free=True)
     validation_guidance: float = option(7.5, "guidance scale of the validation images, in diffusers' sense", above=0,
-                                        needs="validation_prompts", free=True)
+                                        needs="validation_prompts", free=True, default_text="7.5; flow matching the base's own")
     validation_inference_steps: int = option(30, "Euler steps of the validation images", at_least=1,
-                                             needs="validation_prompts", free=True)
+                                             needs="validation_prompts", free=True,
+                                             default_text="30; flow matching the base's own")
     push_to_hub: bool = option(False, "upload the trained pipeline, with a model card", free=True)
     hub_model_id: str | None = option(None, "repository to push to (default: the name of output_dir)", needs="push_to_hub",
                                       free=True)

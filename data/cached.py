@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.errors import UserError, first_line
 from common.files import digest
 from common.train_options import DataOptions
 from data.bad_pairs import BadPair
-from common.errors import UserError, first_line
+from data.images import CUT
 from models.family import Family
 from models.identity import encoder_identities
 
@@ -33,7 +34,7 @@ def cache_settings(data: DataOptions, family: Family, mixed_precision: str, imag
         "image_columns": image_columns,
         "model": family.options.pretrained_model_name_or_path, "family": family.name, "encoders": encoder_identities(family),
         "mixed_precision": mixed_precision, "sequence_length": family.sequence_length, "resolution": data.resolution,
-        "transform": "short side bilinear, centre crop, [-1, 1]", "flips": not data.no_hflip,
+        "transform": CUT, "flips": not data.no_hflip,
     }
 
 

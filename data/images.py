@@ -5,6 +5,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
 
+CUT = "short side bilinear, centre crop, [-1, 1]"  # what cut_square does without `crop`, in words: a cache is bound to it
+
 
 def cut_square(image: Image.Image, resolution: int, crop: Tensor | None = None, flip: bool = False) -> Tensor:
     """RGB image -> (3, resolution, resolution) uint8: a quarter of the bytes to move of what scale_pixels makes of it.

@@ -87,8 +87,8 @@ def test_every_case_is_there():
 @pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
 def test_loss_margin_and_gradient_agree(case):
     found = differences(case)
-    # ipo squares a small margin, in which the errors' float32 rounding shows: the official float32 is 1.7e-5 off too.
-    assert found["loss"] <= (2e-5 if case["objective"] == "ipo" else 1e-5)
+    # ipo squares a small margin, in which the errors' float32 rounding shows: there ours is closer than the official float32.
+    assert found["loss"] <= max(1e-5, case["float32"]["loss_abs"] / abs(case["loss"]))
     assert found["margin"] <= 1e-4
     assert found["gradient"] <= 1e-4
     if case["float32"]["grad_relative"] > 1e-4:  # the official float32's own distance from float64
