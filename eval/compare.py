@@ -17,6 +17,7 @@ from common.errors import UserError, quiet_libraries, run_program
 from common.files import make_folder, write_json
 from common.options import parse
 from common.votes import read_votes
+from eval.comparable import check_comparable, describe_model
 from eval.human import human_lines, human_row
 from eval.manifest import read_manifest
 from eval.metrics import METRICS, is_untrained, read_config
@@ -24,7 +25,6 @@ from eval.options import CompareOptions, ScoringOptions, check_compare_options
 from eval.report import write_report
 from eval.score import report_failures, table
 from eval.scores import ScoredImage
-from eval.settings import check_settings, describe_model
 from eval.statistics import RESAMPLES, count_wins, holm, sign_test, win_rate_interval
 
 EXTREMES = 10  # biggest wins and losses named for each metric
@@ -148,7 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     entries_a, entries_b = read_manifest(options.json_a), read_manifest(options.json_b)
     models = {side: describe_model(str(manifest), entries)
               for side, manifest, entries in (("a", options.json_a, entries_a), ("b", options.json_b, entries_b))}
-    differences, notes = check_settings(models, (options.label_a, options.label_b), options.allow_different_settings)
+    differences, notes = check_comparable(models["a"], models["b"], (options.label_a, options.label_b),
+                                          options.allow_different_settings)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     ballots = read_votes(options.votes) if options.votes else []

@@ -3,10 +3,12 @@
     python -m eval.leaderboard --manifests A.json B.json C.json --labels SDPO Diffusion-DPO SD1.5
 
 A model may have several manifests, one per prompt group: give its label with each. Images are compared within a prompt,
-repeated ones in order. Kept scores are reused. Writes OUTPUT/leaderboard.json and leaderboard.html.
+repeated ones in order. Within a prompt group all must be made with the same settings, as for eval.compare. Kept scores are
+reused. Writes OUTPUT/leaderboard.json and leaderboard.html.
 """
 
 import os
+import sys
 import urllib.parse
 from collections import Counter
 from dataclasses import MISSING, dataclass
@@ -20,11 +22,12 @@ from common.files import make_folder, write_json
 from common.options import option, parse
 from common.votes import Ballot, read_votes
 from eval.bradley_terry import fit_with_intervals
+from eval.comparable import check_comparable, describe_model
 from eval.manifest import model_names, read_manifest
 from eval.metrics import METRICS, is_untrained, read_config
-from eval.options import ScoringOptions
+from eval.options import ALLOW_DIFFERENT, ScoringOptions
 from eval.score import report_failures, table
-from eval.scores import ScoredImage, ScoredManifest
+from eval.scores import ScoredImage, ScoredManifest, group_name
 from eval.statistics import mean_interval
 
 INLINE_IMAGES = 300
@@ -38,6 +41,7 @@ class LeaderboardOptions:
     manifests: list[str] = option(MISSING, "generation manifests (JSON)")
     labels: list[str] | None = option(None, "the models' names, one per manifest", default_text="the manifests' folders")
     votes: list[str] | None = option(None, "votes.json of eval.judge's pages, of one judge or several: a board of its own")
+    allow_different_settings: bool = option(False, ALLOW_DIFFERENT)
     output: str = option("output/leaderboard", "folder of the results")
     images: Literal["auto", "inline", "beside"] = option(
         "auto", f"inside the page, in report_images/ beside it, or by number: inside up to {INLINE_IMAGES} images")
@@ -51,6 +55,20 @@ class Row:
     prompt: str
     number: int
     images: dict[str, ScoredImage]  # by model
+
+
+def check_groups(manifests: list[str], models: list[str], allowed: bool) -> tuple[list[dict], list[str]]:
+    """check_comparable() of every manifest with the first of its prompt group; a difference names its models, too."""
+    first: dict[str, tuple[dict, str]] = {}
+    differences, notes = [], []
+    for manifest, model in zip(manifests, models):
+        made = describe_model(manifest, read_manifest(manifest))
+        other, other_model = first.setdefault(group_name(Path(manifest)), (made, model))
+        if made is not other:
+            found, remarks = check_comparable(other, made, (other_model, model), allowed)
+            differences += [{"model_a": other_model, "model_b": model, **of} for of in found]
+            notes += remarks
+    return differences, list(dict.fromkeys(notes))
 
 
 def rows_of(manifests: list[ScoredManifest], models: list[str]) -> list[Row]:
@@ -207,8 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     models = list(dict.fromkeys(names))
     if len(models) < 2:
         raise UserError("a leaderboard needs two models or more: name more --manifests, with a label each")
-    for manifest in options.manifests:
-        read_manifest(manifest)
+    differences, notes = check_groups(options.manifests, names, options.allow_different_settings)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     config = read_config(scoring.metrics_config)
     ballots = read_votes(options.votes) if options.votes else []
     folder = Path(options.output)
@@ -221,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         return report_failures(failures)
     rows = rows_of(manifests, names)
     result = make_leaderboard(rows, models, metrics, ballots, [metric for metric in metrics if is_untrained(metric, config)])
-    result["not_scored"] = failures
+    result |= {"not_scored": failures, "different_settings": differences, "notes": notes}
     write_json(folder / "leaderboard.json", result)
     print("\n".join(board_lines(result)) + "\n")
     print(f"wrote {folder}/leaderboard.json\nwrote {write_leaderboard(folder, result, rows, options.images)}")

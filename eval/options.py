@@ -105,6 +105,9 @@ class ScoringOptions:
         self.metrics = list(dict.fromkeys(canonical_name(name) for name in self.metrics))
 
 
+ALLOW_DIFFERENT = "compare images whose seed, steps, guidance, size, scheduler, types or base differ; the page says so"
+
+
 @dataclass
 class ScoreOptions:
     title = "what is scored"
@@ -126,8 +129,7 @@ class CompareOptions:
         "prompt", "prompt: same prompts, repeated ones in order; index: same position in the manifests")
     ties_policy: Literal["half", "exclude"] = option("half", "a tie counts one half, or is left out of the win rate")
     votes: list[str] | None = option(None, "votes.json of eval.judge's pages, of one judge or several: a Human row")
-    allow_different_settings: bool = option(False, "compare images whose seed, steps, guidance, size, scheduler, types or base "
-                                                   "differ; the page says so")
+    allow_different_settings: bool = option(False, ALLOW_DIFFERENT)
     no_report: bool = option(False, "write no report.html")
 
 

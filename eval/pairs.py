@@ -19,7 +19,7 @@ from common.files import make_folder, read_json, write_json
 from common.options import option, parse
 from eval.manifest import image_path, read_manifest
 from eval.metrics import METRICS, canonical_name, read_config
-from eval.pairing import Found, find_pairs, histogram
+from eval.pair_rules import Found, find_pairs, histogram
 from eval.scores import read_scores
 
 RECORD = "pairs.json"

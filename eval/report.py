@@ -17,7 +17,7 @@ from common.errors import UserError, run_program
 from common.options import option, parse
 from eval.metrics import METRICS
 from eval.pages import place_images, write_page
-from eval.settings import settings_table
+from eval.comparable import settings_table
 
 INLINE_PAIRS = 150
 

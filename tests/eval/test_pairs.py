@@ -10,7 +10,7 @@ from common.train_options import DataOptions
 from data.choosing import choose_pairs
 from data.table import load_table
 from eval import pairs
-from eval.pairing import Found, find_pairs, histogram, ranks_of
+from eval.pair_rules import Found, find_pairs, histogram, ranks_of
 
 # Ten prompts, three images each; a is the first metric, b the second.
 TEN = [

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from common.errors import UserError
-from eval import compare
+from eval import compare, leaderboard
 from eval.report import write_report
-from eval.settings import describe_model, different_settings, settings_table
+from eval.comparable import describe_model, different_settings, settings_table
 
 pytestmark = pytest.mark.usefixtures("shared_metrics")
 
@@ -89,6 +89,20 @@ def test_allowed_they_have_a_banner(make_manifest, metrics_config, tmp_path):
     assert code == 0 and summary["different_settings"] == [{"what": "steps", "a": "50", "b": "30"}]
     page = (folder / "report.html").read_text()
     assert 'class="banner"' in page and "were made with different settings" in page
+
+
+def test_a_leaderboard_refuses_them_within_a_prompt_group_or_has_a_banner(make_manifest, metrics_config, tmp_path):
+    manifests = [record(make_manifest(name, PROMPTS, seed), num_inference_steps=steps, unet_path=name)
+                 for seed, (name, steps) in enumerate((("a", 50), ("b", 50), ("c", 30)))]
+    flags = ["--manifests", *map(str, manifests), "--metrics_config", str(metrics_config), "--metrics", "clip", "--device", "cpu",
+             "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"images of a and c .*\(steps 50 and 30\).*--allow_different_settings"):
+        leaderboard.main(flags)
+    assert not (tmp_path / "out").exists()
+    assert leaderboard.main([*flags, "--allow_different_settings"]) == 0
+    result, page = (json.loads((tmp_path / "out" / "leaderboard.json").read_text()), (tmp_path / "out" / "leaderboard.html").read_text())
+    assert result["different_settings"] == [{"model_a": "a", "model_b": "c", "what": "steps", "a": "50", "b": "30"}]
+    assert 'class="banner"' in page and "steps 50 (a) and 30 (c)." in page
 
 
 def test_both_models_and_their_settings_are_shown(make_manifest, metrics_config, tmp_path):

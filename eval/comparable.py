@@ -1,4 +1,4 @@
-"""What a manifest says of its model and of how its images were made, and where two of them differ. Imports no torch."""
+"""Which images may be compared: what a manifest says of how they were made, and where two differ. Imports no torch."""
 
 from common.errors import UserError
 
@@ -44,10 +44,9 @@ def in_words(what: str, model: dict, keys: list[str]) -> str:
     return f"{name} ({values})" if what in SHOWN and name else values
 
 
-def check_settings(models: dict[str, dict], labels: tuple[str, str], allowed: bool) -> tuple[list[dict], list[str]]:
-    """The differences, and notes on what could not be compared. Raises UserError where there are differences, unless they
-    are allowed."""
-    a, b = models["a"], models["b"]
+def check_comparable(a: dict, b: dict, labels: tuple[str, str], allowed: bool) -> tuple[list[dict], list[str]]:
+    """The differences of describe_model's a and b, and notes on what could not be compared. Raises UserError where there
+    are differences, unless they are allowed."""
     notes = [f"{label} records no settings: whether the two were made alike is not known"
              for label, model in zip(labels, (a, b)) if model["settings"] is None]
     differences = different_settings(a, b)
