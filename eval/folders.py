@@ -142,13 +142,13 @@ def write_image(image: Image.Image, prompt: str, path: Path) -> None:
 
 
 def read_prompt(path: Path) -> str | None:
-    """The prompt that write_image put into a PNG."""
+    """The prompt that write_image put into a PNG; None of a damaged one, and of another program's."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.getexif().get(IMAGE_DESCRIPTION)
-    except OSError:
+        return text.encode("latin-1").decode() if text is not None else None
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises on broken files, or no UTF-8
         return None
-    return text.encode("latin-1").decode() if text is not None else None
 
 
 def write_images(folder: Path, images: list[Image.Image], jobs: list[Job]) -> None:

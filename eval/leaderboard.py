@@ -213,7 +213,8 @@ def write_leaderboard(folder: Path, result: dict, rows: list[Row], images: str) 
             "thumb": thumb, "full": urllib.parse.quote(Path(os.path.relpath(path, folder)).as_posix()),
             "scores": row.images[model].scores}
     labels = labels_of(result)
-    return write_page(folder / "leaderboard.html", "leaderboard.html.j2", result=result, labels=labels,
+    prompts = len({(row.group, row.prompt) for row in rows})
+    return write_page(folder / "leaderboard.html", "leaderboard.html.j2", result=result, labels=labels, prompts=prompts,
                       data={"models": models, "boards": list(result["boards"].items()), "labels": labels,
                             "metrics": metrics, "untrained": result["untrained"], "rows": gallery})
 

@@ -31,6 +31,7 @@ for model in "${models[@]}"; do
   else measure -m benchmarks.generation --model "$model" --compile; fi
 done
 if [ "$gpus" -gt 0 ]; then # waiting for the device, the exact reference in bf16, fp16's scaler, the compiler's kernels
-  measure -m pytest -q tests/training/test_speed.py tests/training/test_reference.py tests/training/test_guards.py
+  measure -m pytest -q tests/training/test_preference.py tests/models/test_policy.py tests/training/test_guards.py \
+    tests/models/test_speed.py
 fi
 echo "tables: $output/tables.md"

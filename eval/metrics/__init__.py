@@ -5,8 +5,8 @@ metric without its model is here; torch and the metric's libraries are imported 
 """
 
 import importlib
-import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -79,11 +79,10 @@ def register_own(name: str, section: dict, path: Path) -> None:
 def looks_at(name: str, settings: dict) -> int | None:
     """The side of the pixels that a metric looks at; None where it takes the images themselves."""
     from eval.metrics.base import Metric
-    known, default = METRICS[name], METRICS[name].image_size
-    if known.own:
-        cls = metric_class(name)
-        default = getattr(cls, "image_size", None) if cls.score is Metric.score else None
-    return settings.get("image_size", default)
+    if not METRICS[name].own:
+        return settings.get("image_size", METRICS[name].image_size)
+    cls = metric_class(name)
+    return settings.get("image_size", getattr(cls, "image_size", None)) if cls.score is Metric.score else None
 
 
 def read_config(path: str | os.PathLike | None = None) -> dict[str, dict]:
@@ -130,20 +129,10 @@ def metric_version(name: str, config: dict | str | os.PathLike | None = None) ->
     parts = [f"{key}={'sha256:' + fingerprint(value) if isinstance(value, str) and Path(value).exists() else value}"
              for key, value in sorted(settings.items())]
     if METRICS[name].own:
-        parts.insert(0, f"class={METRICS[name].module}:{METRICS[name].name} sha256:{fingerprint(class_file(name))}")
+        metric_class(name)  # which imports its module
+        file = sys.modules[METRICS[name].module].__file__
+        parts.insert(0, f"class={METRICS[name].module}:{METRICS[name].name} sha256:{fingerprint(file)}")
     return " ".join([f"{name} {METRICS[name].revision}", *parts])
-
-
-def class_file(name: str) -> str:
-    """The file of a class of one's own. Raises UserError."""
-    module = METRICS[name].module
-    try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        found = None
-    if found is None or not found.origin or not Path(found.origin).is_file():
-        raise UserError(f"{name}: there is no module {module}: its folder belongs on PYTHONPATH")
-    return found.origin
 
 
 def load_metric(name: str, device: str = "cpu", config: dict | str | os.PathLike | None = None) -> "Metric":

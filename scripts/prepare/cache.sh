@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 need_packages
 [ $# -ge 2 ] || { echo "usage: bash scripts/prepare/cache.sh PRESET DIR [train.py flags], PRESET one of" \
-                       "$(basename -s .yaml "$ROOT"/configs/train/sd*po.yaml | grep -v _spo | xargs)" >&2; exit 2; }
+                       "$(basename -s .yaml "$ROOT"/configs/train/*.yaml | grep -v -e spm_ -e _spo | xargs)" >&2; exit 2; }
 preset="$1" folder="$2"; shift 2
 first_start "the base (SD1.5 4 GB, SDXL 14 GB) and the data"
 gpus="$(count_gpus)"

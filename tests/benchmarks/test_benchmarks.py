@@ -1,6 +1,8 @@
 """The benchmarks run at tiny size, and print what their docs promise."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,11 @@ def test_the_one_command_prints_the_step_s_table_and_the_ratio(tmp_path, run):
     for part in ("vae", "text"):
         assert figures["cached"]["milliseconds"].get(part, 0) == 0 < figures["baseline"]["milliseconds"][part]
     assert all(figure["pairs_per_second"] > 0 for figure in figures.values())
+
+
+def test_the_tests_that_the_one_command_runs_on_a_gpu_are_there():
+    named = re.findall(r"tests/\S+\.py", Path("scripts/benchmark.sh").read_text())
+    assert len(named) == 4 and all(Path(name).is_file() for name in named)
 
 
 def test_a_wrong_choice_is_refused_in_one_line(monkeypatch):

@@ -84,6 +84,15 @@ def test_the_manifest_names_files_and_settings(generate, folder, manifest):
     assert len(zipfile.ZipFile(manifest.with_suffix(".zip")).namelist()) == 5
 
 
+def test_a_damaged_png_and_another_programs_have_no_prompt(tmp_path):
+    path, exif = tmp_path / "0.png", Image.Exif()
+    exif[IMAGE_DESCRIPTION] = "caf\u00e9".encode("latin-1")
+    Image.new("RGB", (16, 16)).save(path, exif=exif)
+    assert read_prompt(path) is None
+    path.write_bytes(path.read_bytes().replace(b"\0\0\0\rIHDR", b"\0\0\0\1IHDR"))
+    assert read_prompt(path) is None
+
+
 def test_several_images_a_prompt_are_seeded_with_seed_plus_k(generate, drawn, folder, manifest):
     generate(num_images_per_prompt=2, limit=2, batch_size=3)
     assert sorted(path.name for path in folder.glob("*.png")) == [f"{i}_{k}_64x64.png" for i in (0, 1) for k in (0, 1)]

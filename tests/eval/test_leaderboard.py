@@ -162,10 +162,11 @@ def test_the_program_its_page_and_votes(make_manifest, brightness, browser, tmp_
 def test_untrained_metrics_are_grey_on_the_page(make_manifest, brightness, tmp_path):
     marked = tmp_path / "marked.yaml"
     marked.write_text("pickscore: {untrained: true}\n")
-    manifests = [make_manifest(name, ["x", "y"], seed) for seed, name in enumerate("ab")]
+    manifests = [make_manifest(name, ["x", "y", "x", "y"], seed) for seed, name in enumerate("ab")]
     leaderboard.main(["--manifests", *map(str, manifests), "--metrics", "pickscore", "clip", "--device", "cpu",
                       "--metrics_config", str(marked), "--output", str(tmp_path / "out")])
     page = (tmp_path / "out" / "leaderboard.html").read_text()
+    assert "2 models, 2 prompts with images" in page, "of which each has two"
     assert page.count('<td class="untrained"') == 2 and 'class="untrained">PickScore (untrained)' in page and "Grey: models" in page
     assert list(json.loads((tmp_path / "out" / "leaderboard.json").read_text())["boards"]) == ["clip", "pickscore"]
 

@@ -38,6 +38,13 @@ class Width(Metric):
         return torch.tensor([float(image.width + len(prompt)) for image, prompt in zip(images, prompts)])
 
 
+class Sized(Width):
+    """Has a size of its own use."""
+
+    def __init__(self, device="cpu", image_size=32):
+        super().__init__(device)
+
+
 class Flat(Metric):
     image_size = 32
 
@@ -82,12 +89,14 @@ def kept(manifest):
 
 
 def test_it_is_scored_beside_the_others(package, make_manifest, metrics_config, tmp_path, capsys):
-    path = config(tmp_path, redness={"cls": "Redness", "weight": 2.0, "label": "Redness x2"}, width={"cls": "Width"})
+    path = config(tmp_path, redness={"cls": "Redness", "weight": 2.0, "label": "Redness x2"}, width={"cls": "Width"},
+                  sized={"cls": "Sized", "image_size": 32})
     manifest = make_manifest("a", PROMPTS)
-    assert score.main(["--manifests", str(manifest), "--metrics", "redness", "width", "oracle", "--metrics_config", str(path),
+    assert score.main(["--manifests", str(manifest), "--metrics", "redness", "width", "sized", "oracle", "--metrics_config", str(path),
                        "--device", "cpu"]) == 1  # the oracle judges captions of drawings alone
     told = kept(manifest)
     assert [image["scores"]["width"] for image in told["images"]] == [64.0 + len(prompt) for prompt in PROMPTS]
+    assert all(image["scores"]["sized"] == image["scores"]["width"] for image in told["images"])
     assert told["metrics"]["redness"]["label"] == "Redness x2" and len({i["scores"]["redness"] for i in told["images"]}) == 3
     assert "FinalResults Redness x2 for own" in capsys.readouterr().out
     assert score.main(["--manifests", str(manifest), "--metrics", "clip", "--metrics_config", str(metrics_config),

@@ -66,6 +66,13 @@ def test_the_published_batch_is_kept_on_any_number_of_processes(processes, accum
     assert flag(f"--config={tmp_path / 'own.yaml'}") is None
 
 
+def test_the_cache_names_every_preset_of_stored_pairs(recorder):
+    ended = subprocess.run(["bash", "scripts/prepare/cache.sh"], cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"PYTHON": sys.executable})
+    named = ended.stderr.partition("PRESET one of ")[2].split()
+    assert named == [preset for preset in PRESETS if not preset.startswith("spm_") and not preset.endswith("_spo")]
+
+
 def test_several_machines_and_a_cache(recorder):
     command = recorder("scripts/train/sd15_dspo.sh", NUM_PROCESSES="2", NUM_MACHINES="3", MACHINE_RANK="1", MAIN_ADDRESS="ten",
                        MAIN_PORT="99")
