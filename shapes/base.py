@@ -28,7 +28,7 @@ class BaseOptions:
     kind: Literal["sd15", "sd3"] = option("sd15", "noise prediction by a UNet, or flow matching by a transformer")
     output: str = option("output/base", "folder of the build")
     seed: int = option(0, "of weights and data", at_least=0)
-    num_prompts: int = option(100, "seen and unseen prompts, each, to judge", at_least=1)
+    num_prompts: int = option(100, "seen and unseen prompts, each, to judge; the picture shows 40", at_least=40)
 
 
 def main() -> None:

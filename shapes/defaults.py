@@ -85,10 +85,11 @@ def row(method: str, lora: bool, record: dict) -> str:
 def main() -> None:
     [settings], _ = parse([Settings], program="python -m shapes.defaults", description=__doc__)
     quiet_libraries()
-    from shapes.experiment import do_all
+    from shapes.experiment import do_all, keep_settings
     from shapes.pairs import write_pairs
 
     output = Path(settings.output)
+    keep_settings(settings, ["steps"])
     if not (output / "pairs").is_dir():
         write_pairs(output / "pairs", 200, seed=1, resolution=32)
     runs = [(method, lora) for method in settings.methods for lora in (False, True)]

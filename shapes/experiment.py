@@ -1,7 +1,7 @@
 """What the experiments share: train.py's runs in this process, and pieces of work that are done once, several at a time."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from common.files import write_json
+from common.errors import UserError
+from common.files import make_folder, read_json, write_json
 from common.locks import release
 from common.progress import progress_bar
 from common.train_checks import parse_options
@@ -86,6 +87,19 @@ def draw_with(network: nn.Module | None, pipeline: DiffusionPipeline, *arguments
 # --- pieces of work ------------------------------------------------------------------------------------------------------
 
 Work = tuple[Path, Callable[..., Any], tuple]  # where its record goes, what makes it, and of what
+
+
+def keep_settings(settings: Any, names: Iterable[str]) -> None:
+    """Write down, in the output's settings.json, what every record there follows from. Raises UserError where the records that
+    are there follow from other values: they would be taken for these."""
+    path = Path(settings.output, "settings.json")
+    now = {name: getattr(settings, name) for name in names}
+    before = read_json(path) or now
+    changed = [f"--{name} was {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if changed:
+        raise UserError(f"{settings.output} holds runs of other settings ({'; '.join(changed)}): name another --output")
+    make_folder(path.parent, "--output")
+    write_json(path, now)
 
 
 @contextmanager

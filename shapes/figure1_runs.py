@@ -11,7 +11,7 @@ from torch import nn
 from common.files import whole_file, write_text
 from data.cache import CacheOptions, cache
 from shapes.drawing import caption
-from shapes.experiment import do_all, draw_with, reset_accelerate, run_options, train_here, worker_pool
+from shapes.experiment import do_all, draw_with, keep_settings, reset_accelerate, run_options, train_here, worker_pool
 from shapes.mixture import sample_drawing
 from shapes.oracle import judge
 from shapes.pairs import write_pairs
@@ -64,6 +64,7 @@ def run(variant: str, settings) -> dict:
 def make_figure(settings) -> None:
     """Do what is missing, then figure1.png and figure1.md."""
     output = Path(settings.output)
+    keep_settings(settings, sorted(vars(settings).keys() - {"output", "workers"}))
     if not (output / "cache" / "manifest.json").is_file():
         folder = write_pairs(output / "pairs", settings.pairs, seed=1, resolution=32)
         reset_accelerate()

@@ -29,4 +29,4 @@ class Settings:
         if self.smoke:
             self.seconds, self.points, self.seeds, self.prompts, self.pairs = 6.0, 2, 1, 4, 16
             self.spm_pairs, self.spm_steps, self.spo_prompts, self.inference_steps = 32, 2, 1, 4
-            self.offline_rates, self.spo_rates = self.offline_rates[1:2], self.spo_rates[1:2]
+            self.offline_rates = self.spo_rates = [2e-5]

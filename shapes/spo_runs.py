@@ -22,7 +22,7 @@ from models.family import Family
 from models.guidance import guided, select
 from shapes.mixture import sample_drawing
 from shapes.drawing import caption
-from shapes.experiment import Enough, do_all, draw_with, reset_accelerate, run_options, train_here, worker_pool
+from shapes.experiment import Enough, do_all, draw_with, keep_settings, reset_accelerate, run_options, train_here, worker_pool
 from shapes.oracle import judge
 from shapes.pairs import write_pairs
 from shapes.pipeline import GUIDANCE_SCALE, base_pipeline, clip_tokenizer, text_config
@@ -304,6 +304,7 @@ def report(settings: Settings, chosen: dict[str, float], records: list[dict], mi
 def experiment(settings: Settings) -> None:
     """Do what is left to do, and write the report."""
     start, runs = time.time(), Path(settings.output, "runs")
+    keep_settings(settings, sorted(vars(settings).keys() - {"output", "workers", "smoke", "seeds", "offline_rates", "spo_rates"}))
     if not Path(settings.output, "prepared.json").is_file():
         prepare(settings)
     methods = [*OFFLINE, *ONLINE]

@@ -13,13 +13,12 @@ from scipy import stats
 
 from common.files import read_json
 from shapes.experiments.instruments import overhead_path
-from shapes.experiments.plan import SEED, WORLD, WORLDS, Config, Settings, World, short
+from shapes.experiments.plan import ALL_WORLDS, SEED, WORLD, Config, Settings, World, short
 from shapes.experiments.results import Cell, Interval, Point, Results, interval, score
 
 WINNER_TOLERANCE = 1.0  # % of the reference's error: a smaller rise is none
 SCORE_TOLERANCE = 0.01  # of the oracle's score, in [0, 1]: a smaller difference does not matter
 OVERHEAD_TOLERANCE = 0.05
-ALL_WORLDS = (WORLD, *WORLDS.values())
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import read_json, write_json
-from shapes.experiment import do_all, worker_pool
+from shapes.experiment import do_all, keep_settings, worker_pool
 from shapes.experiments.instruments import instruments
-from shapes.experiments.plan import PARTS, WORLD, WORLDS, Settings, stages
+from shapes.experiments.plan import ALL_WORLDS, PARTS, WORLD, WORLDS, Settings, stages
 from shapes.experiments.report import write_report
 from shapes.experiments.results import Results
 from shapes.experiments.runs import base_path, is_done, record_path, train_run
@@ -16,15 +16,22 @@ from shapes.experiments.worlds import make_world
 
 def experiment(settings: Settings) -> None:
     """Do what is left to do of each part, and write the report, also where the call is interrupted. Raises UserError for a
-    part that there is not."""
+    part that there is not, for settings other than those of the runs that are there, and for a report of none."""
     if unknown := [part for part in settings.parts if part not in PARTS]:
-        raise UserError(f"--parts has no {unknown[0]}: {', '.join(PARTS)}")
+        raise UserError(f"--parts has no {unknown[0]}: choose from {', '.join(PARTS)}")
+    if settings.report and not has_runs(settings):
+        raise UserError(f"there are no runs in {settings.output} to report: leave --report out, or name their --output")
+    keep_settings(settings, ("steps", "batch_size", "pairs", "captions", "inference_steps"))
     try:
         if not settings.report:
             work(settings)
     finally:
-        if base_path(WORLD, settings).is_file():
+        if has_runs(settings):
             write_report(settings)
+
+
+def has_runs(settings: Settings) -> bool:
+    return any(base_path(world, settings).is_file() for world in ALL_WORLDS)
 
 
 def work(settings: Settings) -> None:

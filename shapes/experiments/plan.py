@@ -98,6 +98,7 @@ class World(NamedTuple):
 
 WORLD = World("sd15", "off-policy")
 WORLDS = {"flow": World("sd3", "off-policy"), "on-policy": World("sd15", "on-policy"), "mixed": World("sd15", "mixed")}
+ALL_WORLDS = (WORLD, *WORLDS.values())
 
 
 class Config(NamedTuple):

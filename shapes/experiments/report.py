@@ -8,9 +8,10 @@ from scipy import stats
 
 from common.files import read_json, write_text
 from shapes.experiments import pictures
-from shapes.experiments.claims import ALL_WORLDS, OVERHEAD_TOLERANCE, SCORE_TOLERANCE, WINNER_TOLERANCE, all_claims
+from shapes.experiments.claims import OVERHEAD_TOLERANCE, SCORE_TOLERANCE, WINNER_TOLERANCE, all_claims
 from shapes.experiments.instruments import LAMBDAS, RATE, instrument_path
-from shapes.experiments.plan import CORE, OBJECTIVES, PARTS, SEED, SHORT, VARIANTS, WINNERS_ONLY, WORLD, Config, Settings, World, short, stages
+from shapes.experiments.plan import (ALL_WORLDS, CORE, OBJECTIVES, PARTS, SEED, SHORT, WINNERS_ONLY, WORLD, Config, Settings,
+                                     World, short, stages)
 from shapes.experiments.results import Results, interval, score
 from shapes.experiments.runs import COLLAPSED, is_done
 
@@ -32,11 +33,13 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def introduction(results: Results) -> str:
-    settings, base = results.settings, results.base(WORLD)
+    settings = results.settings
+    base = next(filter(None, (results.base(world) for world in ALL_WORLDS if world.base == WORLD.base)), None)  # in all the same
+    drawn = f"; the SD1.5-shaped base scores {score(base):.3f}" if base else ""
     minutes = read_json(Path(settings.output, "minutes.json")) or 0.0
     reports = (f"{settings.steps} steps of {settings.batch_size} pairs from {settings.pairs}, a constant rate after a warm-up, AdamW. "
                f"{settings.captions} captions that no base was trained on, {settings.inference_steps} sampling steps, one noise for "
-               f"all runs; the SD1.5-shaped base scores {score(base):.3f}. Seed {SEED} chooses each configuration's rate and step; "
+               f"all runs{drawn}. Seed {SEED} chooses each configuration's rate and step; "
                f"brackets are 95% t-intervals over {settings.seeds} further seeds at that choice, conditional on these captions. A run "
                f"that falls {COLLAPSED} below the base ends there, and its last drawings stand for the rest. {minutes:.0f} minutes "
                f"with {settings.workers} worker(s).")
@@ -104,9 +107,10 @@ BEST_HEADER = ["rate", "step", "s to it", "oracle", "against the base", "wins", 
 
 
 def frontier_section(results: Results, world: World) -> str:
-    configs = [Config(world, "diffusion-dpo", variant) for variant in VARIANTS]
-    configs = [config for config in configs if results.best(config)]
+    configs = pictures.configs_with_runs(results, world)
     images = {"quality": pictures.quality, "map": pictures.room_map, "drawings": pictures.drawings}
+    if not pictures.core_of(results, world)[1]:  # interrupted before plain and safeguarded had a rate in common
+        images = {"map": pictures.room_map}
     lines = []
     for name, draw in images.items():
         path = Path(results.settings.output, "images", f"claims_{world.name}_{name}.png")

@@ -64,7 +64,16 @@ def test_the_ranking_holds_every_objective_plain_and_safeguarded():
     assert {run.seed for run in second} == {1, 2, 3} and {run.share for run in first + second} == {SHORT}
 
 
-def test_an_unknown_part_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--parts has no frontiers"):
-        experiment(Settings(output=str(tmp_path), parts=["frontiers"]))
+@pytest.mark.parametrize("asked, said", [
+    ({"parts": ["frontiers"]}, "--parts has no frontiers: choose from frontier, variants"),
+    ({"report": True}, "no runs in .* to report: leave --report out")])
+def test_what_cannot_be_done_is_refused_and_leaves_nothing(asked, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        experiment(Settings(output=str(tmp_path), **asked))
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_runs_of_other_settings_are_not_taken_for_these(tmp_path):
+    write_json(tmp_path / "settings.json", {"steps": 300, "pairs": 400})
+    with pytest.raises(UserError, match="holds runs of other settings .--steps was 300, now 80.: name another --output"):
+        experiment(Settings(output=str(tmp_path)))

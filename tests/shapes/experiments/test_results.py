@@ -7,12 +7,13 @@ import pytest
 
 from common.files import write_json
 from shapes.experiments.claims import claims_in, harmful_rate, weigh
-from shapes.experiments.plan import SEED, SHORT, WORLD, Config, Run, Settings
+from shapes.experiments.plan import SEED, SHORT, WORLD, WORLDS, Config, Run, Settings
 from shapes.experiments.report import ranking, write_report
 from shapes.experiments.results import Cell, Interval, Results, interval
 from shapes.experiments.runs import base_path, is_done, judged_steps, record_path
 
 BASE = 0.80
+FLOW = WORLDS["flow"]
 PLAIN, SAFE = (Config(WORLD, "diffusion-dpo", variant) for variant in ("plain", "safeguarded"))
 ENDS = {PLAIN: {1e-5: 0.84, 3e-5: 0.86, 1e-4: 0.78, 3e-4: 0.70, 1e-3: 0.60},
         SAFE: {1e-5: 0.82, 3e-5: 0.84, 1e-4: 0.86, 3e-4: 0.81, 1e-3: 0.75}}
@@ -108,6 +109,21 @@ def test_the_report_of_a_part_says_what_is_missing(settings):
     assert "28 of 28" in text and "| 0 of 30 |" in text and "| safeguarded | 1e-4 | 80 |" in text
     for name in ("quality", "map", "drawings"):
         assert (output / "images" / f"claims_sd15_off-policy_{name}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("rates", [[1e-4, 3e-5], [3e-5, 3e-5]])
+def test_a_world_alone_is_reported_also_before_plain_and_safeguarded_have_a_rate_in_common(rates, tmp_path):
+    settings = Settings(output=str(tmp_path))
+    (tmp_path / "runs" / FLOW.name).mkdir(parents=True)
+    write_json(base_path(FLOW, settings), {"scores": [BASE, BASE]})
+    for variant, rate in zip(("plain", "safeguarded"), rates):
+        path = record_path(Run(Config(FLOW, "diffusion-dpo", variant), rate, SEED), settings)
+        write_json(path, made := record(0.82, SEED, judged_steps(settings), 1.0))
+        np.savez(path.with_suffix(".npz"), **{str(p["step"]): np.zeros((2, 32, 32, 3), np.uint8) for p in made["points"]})
+    write_report(settings)
+    text = (tmp_path / "claims.md").read_text()
+    assert "The frontier: flow matching" in text and "sd3_off-policy_map.png" in text and "base scores" not in text
+    assert ("sd3_off-policy_quality.png" in text) == (rates[0] == rates[1])
 
 
 def test_the_ranking_has_the_best_first(settings):
