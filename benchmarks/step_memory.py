@@ -22,7 +22,7 @@ from common.train_checks import parse_options
 from common.train_options import MemoryOptions, TrainOptions
 from models.family import Family
 from models.speed import recompute_cheap
-from models.stable_diffusion import ENCODED_AT_ONCE
+from models.stable_diffusion import StableDiffusion15
 from training.defaults import settle_defaults
 
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0.02}  # a parameter; Adafactor keeps rows and columns
@@ -177,7 +177,7 @@ def count_encoders(model: str, images: int) -> tuple[float, float]:
         for module in vae.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=torch.bfloat16), requires_grad=False))
-        pixels = torch.empty(min(images, ENCODED_AT_ONCE), 3, side, side, dtype=torch.bfloat16)
+        pixels = torch.empty(min(images, StableDiffusion15.vae_at_once), 3, side, side, dtype=torch.bfloat16)
         with LiveBytes([pixels, *vae.parameters()]) as bytes_, torch.no_grad():
             vae.encode(pixels)
         weights = sum(parameter.numel() for module in (vae, *texts) for parameter in module.parameters())

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from common.errors import UserError, warn
 from common.train_options import ModelOptions
 from losses.spo import flow_gaussian
-from models.parts import PipelineParts
+from models.parts import PipelineParts, unscaled_latents
 
 
 class FlowSampler(FlowMatchEulerDiscreteScheduler):
@@ -27,7 +26,8 @@ class FlowSampler(FlowMatchEulerDiscreteScheduler):
 
 class FlowFamily(PipelineParts):
     flow, backbone, weights_file = True, "transformer", "transformer.safetensors"
-    vae_class, packing = AutoencoderKL, 4  # packing: latent channels per channel that the transformer reads
+    vae_class, patch = AutoencoderKL, 2
+    packing = 4  # channels that the transformer reads per channel of the latents
     resolution, images_at_once, evaluation_vae, always_checkpoints = 1024, 4, None, False
     empty_prompt, empty_is_zeros, embeds_guidance = "", False, False
     overflows_in_fp16, vae_in_float32 = True, False
@@ -59,35 +59,11 @@ class FlowFamily(PipelineParts):
 
     # --- images ----------------------------------------------------------------------------------------------------------
 
-    @property
-    def latent_factor(self) -> int:
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    @property
-    def latent_channels(self) -> int:
-        return self.vae_config["latent_channels"]
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = 2 * self.latent_factor  # the transformer reads patches of 2x2 latents
-        if height % factor or width % factor:
-            raise UserError(f"{height}x{width} is no size for {self.label}: both must be multiples of {factor}")
-        return self.latent_channels, height // self.latent_factor, width // self.latent_factor
-
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        parts = pixels.to(self.vae.dtype).split(1)
-        return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts]).contiguous()
-
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        distribution = DiagonalGaussianDistribution(moments)
-        sampled = distribution.mean.float() + distribution.std.float() * noise
-        return (sampled - self.vae_config["shift_factor"]) * self.vae_config["scaling_factor"]
+        return (unscaled_latents(moments, noise) - self.vae_config["shift_factor"]) * self.vae_config["scaling_factor"]
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        unscaled = latents.float() / self.vae_config["scaling_factor"] + self.vae_config["shift_factor"]
-        return torch.cat([self.vae.decode(part, return_dict=False)[0].float()
-                          for part in unscaled.to(self.vae.dtype).split(1)])
+        return self.decode_unscaled(latents.float() / self.vae_config["scaling_factor"] + self.vae_config["shift_factor"])
 
     # --- the network -----------------------------------------------------------------------------------------------------
 
@@ -96,9 +72,6 @@ class FlowFamily(PipelineParts):
         if network.config.in_channels != expected:
             raise UserError(f"the transformer of {source} reads {network.config.in_channels} channels, and the base's VAE "
                             f"gives it {expected}: it is of another base")
-
-    def without_gradient(self, network: nn.Module) -> list[str]:
-        return []
 
     def times(self, uniform: Tensor) -> Tensor:
         """Through the inverse CDF, so that a time is a function of its pair's uniform alone."""
@@ -111,9 +84,6 @@ class FlowFamily(PipelineParts):
     def noise(self, latents: Tensor, noise: Tensor, times: Tensor, input_noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         sigma = (times / 1000).reshape(-1, 1, 1, 1)
         return (1 - sigma) * latents + sigma * (noise if input_noise is None else input_noise), noise - latents
-
-    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float, official: bool) -> Tensor:
-        return (conditional if official else unconditional) + scale * (conditional - unconditional)
 
     def sampler(self, kind: str, steps: int, device: torch.device, size: tuple[int, int] | None = None) -> FlowSampler:
         """The pipeline's own Euler schedule, whatever the kind; size: the images', which a dynamic shift depends on."""

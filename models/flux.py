@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.family import Text
 from models.flow import FlowFamily, pack, unpack
 from models.parts import each_alone
-from models.tokens import token_ids
+from models.tokens import token_ids, tokenize
 
 SINGLE_BLOCKS = 38
 
@@ -37,7 +37,7 @@ class Flux(FlowFamily):
     def tokenize(self, captions: list[str]) -> Text:
         """input_ids.0 (B, 77) for CLIP, input_ids.1 (B, --max_sequence_length) for T5."""
         clip, t5 = self.tokenizers.values()
-        return {"input_ids.0": token_ids(clip, captions, clip.model_max_length),
+        return {"input_ids.0": tokenize(clip, captions),
                 "input_ids.1": token_ids(t5, captions, self.sequence_length)}
 
     def caption_room(self, tokenizer) -> int:

@@ -35,14 +35,19 @@ def _digest(path: Path, size: int, modified: int) -> str:
 
 @lru_cache(maxsize=None)
 def hub_commit(name: str, subfolder: str | None, revision: str | None, cache_dir: str | None) -> str:
-    from huggingface_hub import hf_hub_download, list_repo_files
+    """The commit of a hub's model, from where one of its configs is kept: so it is known without a network, too."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    try:
-        files = ("config.json", "tokenizer_config.json")
-        for file in files:
-            path = f"{subfolder}/{file}" if subfolder else file
-            if path in list_repo_files(name, revision=revision):
-                return Path(hf_hub_download(name, path, revision=revision, cache_dir=cache_dir)).parts[-3 if subfolder else -2]
-    except Exception as error:  # the network's and the hub's failures are of many kinds
-        raise UserError(f"cannot tell which version of {name} the hub gives ({first_line(error, 160)})") from None
-    raise UserError(f"the hub's {name} has no {subfolder or 'config.json'}")
+    problem = None
+    for file in ("config.json", "tokenizer_config.json"):
+        try:
+            kept = hf_hub_download(name, file, subfolder=subfolder, revision=revision, cache_dir=cache_dir)
+            return Path(kept).parts[-3 if subfolder else -2]
+        except EntryNotFoundError as error:  # a tokenizer has the second file alone
+            problem = error
+        except Exception as error:  # the network's and the hub's failures are of many kinds
+            raise UserError(f"cannot tell which version of {name} the hub gives ({first_line(error, 160)}): check the name, "
+                            "and the network") from None
+    raise UserError(f"cannot tell which version of {name} the hub gives: it has no config of {subfolder or 'the model'}, or "
+                    f"cannot be reached ({first_line(problem, 160)})")

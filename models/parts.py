@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -30,7 +31,12 @@ def each_alone(encode):
 
 
 class PipelineParts:
-    """A family with encoder_names (those that a base may have, in order), vae_class, vae_in_float32 and caption_room()."""
+    """A family with encoder_names (those that a base may have, in order), vae_class, vae_in_float32 and caption_room().
+
+    vae_at_once: how many images the VAE takes together. patch: latents along a side of what the network reads as one.
+    """
+
+    vae_at_once = patch = 1
 
     def __init__(self, options: ModelOptions, index: dict):
         """Read tokenizers and the VAE's configuration. index: the base's model_index.json. Raises UserError."""
@@ -99,10 +105,53 @@ class PipelineParts:
     def drop_encoders(self) -> None:
         self.text_encoders, self.vae = [], None
 
+    # --- images, as an image VAE has them --------------------------------------------------------------------------------
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels along a side of a latent."""
+        return 2 ** (len(self.vae_config.get("block_out_channels", (64,))) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae_config.get("latent_channels", 4)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        needed = self.patch * self.latent_factor
+        if height % needed or width % needed:
+            raise UserError(f"{height}x{width} is no size for {self.label}: both must be multiples of {needed}")
+        return self.latent_channels, height // self.latent_factor, width // self.latent_factor
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Contiguous, as a cache gives them: from channels-last latents the UNets would pick kernels that round otherwise."""
+        parts = pixels.to(self.vae.dtype).split(self.vae_at_once)
+        return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts]).contiguous()
+
+    @torch.no_grad()
+    def decode_unscaled(self, latents: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) float32 of latents as the VAE gave them, before a family scales them."""
+        parts = latents.to(self.vae.dtype).split(self.vae_at_once)
+        return torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in parts])
+
+    # --- the network and its text ----------------------------------------------------------------------------------------
+
+    def without_gradient(self, network: nn.Module) -> list[str]:
+        return []
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float, official: bool) -> Tensor:
+        return (conditional if official else unconditional) + scale * (conditional - unconditional)
+
     def tokens_read(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
         tokenizer = self.tokenizers[self.encoder_names[-1]]
         lengths = [len(ids) for ids in tokenizer(cut(captions), add_special_tokens=False).input_ids]
         return np.array(lengths), np.minimum(lengths, self.caption_room(tokenizer))
+
+
+def unscaled_latents(moments: Tensor, noise: Tensor) -> Tensor:
+    """Latents (N, C, h, w) float32 sampled from an image VAE's moments (N, 2C, h, w) with normal noise, as it gives them."""
+    distribution = DiagonalGaussianDistribution(moments)
+    return distribution.mean.float() + distribution.std.float() * noise
 
 
 def tokenizer_of(encoder: str) -> str:

@@ -64,22 +64,18 @@ class QwenImage(FlowFamily):
     def latent_channels(self) -> int:
         return self.vae_config["z_dim"]
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """As a video of one frame; one at a time, as the VAE's memory needs."""
-        parts = pixels.to(self.vae.dtype).unsqueeze(2).split(1)
-        return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts]).squeeze(2).contiguous()
+        """As a video of one frame."""
+        return super().encode_images(pixels.unsqueeze(2)).squeeze(2)
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         mean, log_variance = moments.float().chunk(2, dim=1)
         own_mean, own_std = self._statistics(moments.device)
         return (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise - own_mean) / own_std
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         own_mean, own_std = self._statistics(latents.device)
-        frames = (latents.float() * own_std + own_mean).to(self.vae.dtype).unsqueeze(2)
-        return torch.cat([self.vae.decode(frame, return_dict=False)[0][:, :, 0].float() for frame in frames.split(1)])
+        return self.decode_unscaled((latents.float() * own_std + own_mean).unsqueeze(2)).squeeze(2)
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each latent channel, (1, C, 1, 1)."""

@@ -12,7 +12,6 @@ import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, SchedulerMixin,
                        StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -20,13 +19,12 @@ from common.errors import UserError, warn
 from common.train_options import ModelOptions
 from losses.spo import clean_and_noise, ddim_gaussian
 from models.family import Text
-from models.parts import PipelineParts
+from models.parts import PipelineParts, unscaled_latents
 from models.tokens import tokenize
 
 TURBO_TIMESTEPS = (249, 499, 749, 999)
 REFINER_TIMESTEPS = 200
 REFINER_AESTHETIC_SCORE = 6.0
-ENCODED_AT_ONCE = 8  # images: more are no faster, and at 1024 px their activations take gigabytes
 
 
 class StableDiffusion15(PipelineParts):
@@ -34,7 +32,7 @@ class StableDiffusion15(PipelineParts):
     backbone, network, pipeline = "unet", UNet2DConditionModel, StableDiffusionPipeline
     weights_file = "unet.pth"
     resolution, always_checkpoints = 512, False
-    steps, guidance, embeds_guidance, empty_prompt = 50, 7.5, False, ""
+    steps, guidance, embeds_guidance, empty_prompt, empty_is_zeros = 50, 7.5, False, "", False
     overflows_in_fp16, sequence_length = False, None
     eta = 1.0
     ignored_options = ("timestep_sampling", "logit_mean", "logit_std", "timestep_shift", "max_sequence_length",
@@ -44,6 +42,8 @@ class StableDiffusion15(PipelineParts):
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     compiled_blocks = (BasicTransformerBlock, ResnetBlock2D)
     encoder_names, vae_class = ("text_encoder",), AutoencoderKL
+    vae_at_once = 8  # more are no faster, and at 1024 px their activations take gigabytes
+    longer_text = "no option reads more"
 
     def __init__(self, options: ModelOptions, index: dict):
         """Read scheduler, tokenizers and the VAE's config: the small files, so that a wrong model is refused before
@@ -76,24 +76,12 @@ class StableDiffusion15(PipelineParts):
     def training_resolution(self) -> int:
         return self.resolution
 
-    @property
-    def latent_factor(self) -> int:
-        return 2 ** (len(self.vae_config.get("block_out_channels", (64,))) - 1)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = self.latent_factor
-        if height % factor or width % factor:
-            raise UserError(f"{height}x{width} is no size for {self.label}: both must be multiples of {factor}")
-        return self.vae_config.get("latent_channels", 4), height // factor, width // factor
-
     # --- text ------------------------------------------------------------------------------------------------------------
 
     def tokenize(self, captions: list[str]) -> Text:
         """input_ids.N (B, 77) for each tokenizer, padded and truncated."""
         return {f"input_ids.{number}": tokenize(tokenizer, captions)
                 for number, tokenizer in enumerate(self.tokenizers.values())}
-
-    longer_text = "no option reads more"
 
     def caption_room(self, tokenizer) -> int:
         return tokenizer.model_max_length - 2
@@ -103,27 +91,13 @@ class StableDiffusion15(PipelineParts):
         """embeddings (B, 77, D): the last hidden state."""
         return {"embeddings": self.text_encoders[0](tokens["input_ids.0"])[0]}
 
-    @property
-    def empty_is_zeros(self) -> bool:
-        """Whether the base's own pipeline takes zeros for the empty prompt instead of encoding it."""
-        return False
-
     # --- images ----------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Contiguous, as a cache gives them: from channels-last latents the UNets would pick kernels that round otherwise."""
-        parts = pixels.to(self.vae.dtype).split(ENCODED_AT_ONCE)
-        return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts]).contiguous()
-
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        distribution = DiagonalGaussianDistribution(moments)
-        return (distribution.mean.float() + distribution.std.float() * noise) * self.scaling_factor
+        return unscaled_latents(moments, noise) * self.scaling_factor
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        parts = (latents.float() / self.scaling_factor).to(self.vae.dtype).split(ENCODED_AT_ONCE)
-        return torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in parts])
+        return self.decode_unscaled(latents.float() / self.scaling_factor)
 
     # --- the network -----------------------------------------------------------------------------------------------------
 
@@ -133,9 +107,6 @@ class StableDiffusion15(PipelineParts):
         if network.config.get("dropout"):
             raise UserError(f"{source} has dropout {network.config.dropout}: policy and reference would differ by chance; "
                             "set it to 0 in unet/config.json")
-
-    def without_gradient(self, network: nn.Module) -> list[str]:
-        return []
 
     def times(self, uniform: Tensor) -> Tensor:
         """U{0..T-1}; turbo models have four timesteps."""
@@ -154,9 +125,6 @@ class StableDiffusion15(PipelineParts):
 
     def network_arguments(self, text: Text, size: tuple[int, int]) -> dict:
         return {"encoder_hidden_states": text["embeddings"]}
-
-    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float, official: bool) -> Tensor:
-        return (conditional if official else unconditional) + scale * (conditional - unconditional)
 
     def sampler(self, kind: str, steps: int, device: torch.device, size: tuple[int, int] | None = None):
         """"euler", from the base's schedule, or "default" for the pipeline's own."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from common.errors import UserError
 from common.train_options import ModelOptions
 from models.family import open_family
+from models.identity import identity
 from models.networks import load_network
 
 
@@ -179,3 +181,19 @@ def test_names_that_are_nowhere(tiny_sd15, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged"):
         load_unet(tiny_sd15, tmp_path / "bad.safetensors")
+
+
+def test_the_commit_of_a_hubs_model_is_told_by_what_is_kept_of_it(monkeypatch):
+    kept = {"vae/config.json": "c0ffee/vae/config.json", "tokenizer/tokenizer_config.json": "c0ffee/tokenizer/tokenizer_config.json",
+            "config.json": "c0ffee/config.json"}
+
+    def download(name, file, subfolder, revision, cache_dir):
+        path = f"{subfolder}/{file}" if subfolder else file
+        if path not in kept:
+            raise LocalEntryNotFoundError("no network")
+        return f"/hub/snapshots/{kept[path]}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert [identity("org/base", part, None, None) for part in ("vae", "tokenizer", None)] == ["hub:c0ffee"] * 3
+    with pytest.raises(UserError, match="org/base.* no config of text_encoder, or cannot be reached .no network."):
+        identity("org/base", "text_encoder", None, None)
