@@ -67,15 +67,13 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
         outcome = fit(task, run, watch)
 
         # 5. The result: weights, and a pipeline that diffusers opens.
-        left = None
+        left = trained = None
         if outcome.finished and outcome.step > 0:
             from training.result import save_result
-            left = save_result(run, family, task.policy)
+            left, trained = save_result(run, family, task.policy)
         run.accelerator.end_training()
         if left:
             run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
-            whole = family.backbone == "unet" and (options.model.merge_lora or not task.policy.lora)
-            trained = run.output_dir / family.weights_file if whole else run.output_dir
             run.say(f"Next: bash scripts/eval/test_{family.name}.sh {trained}{own_base(options, family)}")
             if options.run.push_to_hub and run.main:
                 from training.hub import push

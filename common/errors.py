@@ -110,16 +110,10 @@ def own_message(error: UserError) -> str:
 
 def lost_process(error: RuntimeError) -> str | None:
     """What to report when a collective failed because another process is gone or late; None for any other error."""
-    text = str(error)
-    rank = os.environ.get("RANK", "0")
-    if any(word in text for word in ("Timed out waiting", "timed out", "Timeout", "timeout")) and _is_collective(error):
+    text, rank = str(error), os.environ.get("RANK", "0")
+    if "gloo" not in text and "NCCL" not in text and all(kind.__name__ != "DistError" for kind in type(error).__mro__):
+        return None
+    if "timed out" in text.lower() or "timeout" in text.lower():
         return (f"process {rank} waited for another one for longer than --process_timeout, and gave up: one is stuck, "
                 f"or they disagree on the number of batches ({first_line(error, 160)})")
-    if _is_collective(error):
-        return f"process {rank} lost the connection to another one, which has ended ({first_line(error, 160)})"
-    return None
-
-
-def _is_collective(error: RuntimeError) -> bool:
-    text = str(error)
-    return any(kind.__name__ == "DistError" for kind in type(error).__mro__) or "gloo" in text or "NCCL" in text
+    return f"process {rank} lost the connection to another one, which has ended ({first_line(error, 160)})"

@@ -150,6 +150,6 @@ def _warn_of_combinations(options: TrainOptions) -> None:
         ignored("validation_steps", "there are no --validation_prompts")
     if optimizer.lr_scheduler == "constant":
         ignored("lr_warmup_steps", "the constant schedule has no warm-up (constant_with_warmup has)")
-    if optimizer.lr_warmup_steps is not None and optimizer.lr_warmup_steps >= optimizer.max_train_steps > 0:
+    elif optimizer.lr_warmup_steps is not None and optimizer.lr_warmup_steps >= optimizer.max_train_steps > 0:
         warn(f"--lr_warmup_steps {optimizer.lr_warmup_steps} is not below --max_train_steps {optimizer.max_train_steps}: "
              "the learning rate never reaches its peak")

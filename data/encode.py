@@ -31,7 +31,7 @@ from data.layouts import caption_column
 from data.pairs import worker_count
 from data.choosing import choose_pairs
 from data.table import column_values, content_digest, load_table
-from models.devices import COMPUTE_DTYPES, raise_together, writing
+from models.devices import COMPUTE_DTYPES, raising_together, writing
 from models.family import Family
 from models.guidance import encode_prompts
 
@@ -173,13 +173,9 @@ def encode_table(table: datasets.Dataset, columns: list[str], family: Family, da
     prompts = list(dict.fromkeys(["", *usable_captions(column_values(table, caption_column(table.column_names, data)))]))
     settings = cache_settings(data, family, mixed_precision, columns) | {
         "rows": len(table), "content": content_digest(table, data), "pairs_per_shard": pairs_per_shard}
-    problem = None
-    if accelerator.is_main_process:
-        try:
+    with raising_together():
+        if accelerator.is_main_process:
             claim_folder(folder, settings)
-        except UserError as error:
-            problem = str(error)
-    raise_together(problem)
 
     what = f"the cache in {folder}"
     with writing(what, folder, "--cached_dataset"):

@@ -98,14 +98,14 @@ def _csv_rows(path: Path) -> list[dict]:
             header = file.readline()
             file.seek(0)
             delimiter = next((mark for mark in ",;\t" if mark in header), ",")  # spreadsheets write each of them
-            reader = csv.DictReader(file, restkey="", strict=True, delimiter=delimiter)
+            reader = csv.DictReader(file, strict=True, delimiter=delimiter)
             rows = list(reader)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
     for number, row in enumerate(rows, start=1):
-        if "" in row or None in row.values():
+        if None in row or None in row.values():  # DictReader's name for cells too many, and its filling for those too few
             raise UserError(f"{path}: row {number} has not as many cells as the header, {', '.join(reader.fieldnames)}")
-    return [{name: cell if cell != "" else None for name, cell in row.items()} for row in rows]
+    return [{name: cell or None for name, cell in row.items() if name} for row in rows]  # pandas leaves the index's name empty
 
 
 def _jsonl_rows(path: Path) -> list[dict]:

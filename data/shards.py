@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from common.errors import UserError
 from common.train_options import DataOptions
 
-OTHER_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 def load_first_shards(data: DataOptions, cache_dir: str | None = None) -> datasets.Dataset:
@@ -30,8 +30,8 @@ def load_first_shards(data: DataOptions, cache_dir: str | None = None) -> datase
 
 def split_files(listing, data: DataOptions) -> list:
     """The listed parquet files of the split (and of --dataset_config_name, a folder), by name."""
-    config = f"{data.dataset_config_name}/" if data.dataset_config_name else ""
-    parquet = sorted((file for file in listing if file.path.endswith(".parquet") and config in file.path),
+    folder = f"/{data.dataset_config_name}/" if data.dataset_config_name else "/"
+    parquet = sorted((file for file in listing if file.path.endswith(".parquet") and folder in f"/{file.path}"),
                      key=lambda file: file.path)
     of_split = [file for file in parquet if _names(file.path, data.split)]
     if not of_split and data.split == "train":  # files that name no split are the training split's

@@ -78,8 +78,15 @@ def shard_by(accelerator: Accelerator, blocks: tuple[type, ...]) -> None:
         plugin.transformer_cls_names_to_wrap = [block.__name__ for block in blocks]
 
 
-def raise_together(problem: str | None) -> None:
-    """Raise UserError on every process when one had a problem, so that none waits for it. Every process must call this."""
+@contextmanager
+def raising_together():
+    """A UserError of one process is raised on all at the block's end, so that none waits for it. Every process must enter
+    it."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
     problems = [problem for problem in gather_object([problem]) if problem]
     if problems:
         raise UserError(problems[0])
@@ -93,10 +100,9 @@ def agree(flag: bool) -> bool:
 @contextmanager
 def writing(what: str, folder: Path, flag: str = "--output_dir"):
     """Where a process cannot write, all raise UserError at the block's end. Collectives inside are for sharded runs."""
-    problem = None
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        problem = (f"cannot write {what}: {write_fault(error, folder)}. What was saved before it is intact: make room, or "
-                   f"name another {flag}, then run the same command again")
-    raise_together(problem)
+    with raising_together():
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"cannot write {what}: {write_fault(error, folder)}. What was saved before it is intact: make "
+                            f"room, or name another {flag}, then run the same command again") from None

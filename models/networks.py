@@ -1,13 +1,13 @@
 """The trained network of a base, with weights of every kind put in: unet.pth, .safetensors, a diffusers folder, a hub id,
 LoRA on top of the base."""
 
-import json
 import os
 from pathlib import Path
 
 import torch
 
 from common.errors import UserError, first_line
+from common.files import read_json
 from models.family import Family
 from models.lora import LORA_FILE, OTHER_BASE, is_lora, lora_file, merge_lora, read_facts
 from models.weights import from_hub, load_strictly, read_state_dict
@@ -34,10 +34,10 @@ def check_same_base(family: Family, network: torch.nn.Module, source: str) -> No
 
 def read_init(progress: Path) -> str | None:
     """--unet_init of the run that wrote this progress.json."""
-    try:
-        init = json.loads(progress.read_text(encoding="utf-8"))["settings"].get("unet_init")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{progress} is damaged") from None
+    content = read_json(progress)
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        raise UserError(f"{progress} is damaged: name the weights file itself")
+    init = content["settings"].get("unet_init")
     return init if isinstance(init, str) else None
 
 

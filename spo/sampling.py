@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.train_options import TrainOptions
+from data.bad_pairs import usable_captions
 from data.draws import epoch_order, seeded_generator
+from data.layouts import caption_column
 from data.table import column_values, load_table
 from models.family import Family, Text
 from models.guidance import encode_with_empty, guided, select
@@ -30,10 +32,11 @@ def load_prompts(options: TrainOptions) -> list[str]:
     spo, data = options.more[0], options.data
     if spo.spo_prompts is None:
         table = load_table(data, options.model.cache_dir)
-        if data.caption_column not in table.column_names:
-            raise UserError(f"the dataset has no column '{data.caption_column}' to take prompts from; it has "
-                            f"{', '.join(table.column_names)}")
-        prompts = list(dict.fromkeys(text for text in column_values(table, data.caption_column) if text))
+        column = caption_column(table.column_names, data)
+        if column not in table.column_names:
+            raise UserError(f"the dataset has no column '{column}' to take prompts from; it has "
+                            f"{', '.join(table.column_names)}: choose one with --caption_column")
+        prompts = [text for text in dict.fromkeys(usable_captions(column_values(table, column))) if text]
     else:
         prompts = read_group(spo.spo_prompts)
     if not prompts:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.errors import UserError, first_line, printable, warn
-from common.files import digest, sync, write_json
+from common.files import digest, read_json, sync, write_json
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 
@@ -53,8 +53,8 @@ def fault(folder: Path) -> str | None:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         with ThreadPoolExecutor() as pool:
             problem = next(map(printable, filter(None, pool.map(file_fault, entries))), None)
-        if problem is None:
-            problem = None if PROGRESS in entries else f"{PROGRESS} is missing"
+        if problem is None and PROGRESS not in entries:
+            problem = f"{PROGRESS} is missing"
         if problem is None:
             read_progress(folder)
         return problem
@@ -67,15 +67,12 @@ def fault(folder: Path) -> str | None:
 
 
 def read_progress(folder: Path) -> dict:
-    """A checkpoint's progress.json: step, lr_scheduler, settings, and `record`, what the run
-    remembers besides. Raises UserError."""
-    try:
-        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        kinds = {"step": int, "lr_scheduler": dict, "settings": dict, "record": dict}
-        if all(type(progress[name]) is kind for name, kind in kinds.items()) and progress["step"] >= 0:
-            return progress
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
+    """A checkpoint's progress.json: step, lr_scheduler, settings, and `record`, what the run remembers besides. Raises
+    UserError."""
+    progress, kinds = read_json(folder / PROGRESS), {"step": int, "lr_scheduler": dict, "settings": dict, "record": dict}
+    if (isinstance(progress, dict) and all(type(progress.get(name)) is kind for name, kind in kinds.items())
+            and progress["step"] >= 0):
+        return progress
     raise UserError(f"{folder / PROGRESS} is damaged")
 
 

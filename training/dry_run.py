@@ -77,7 +77,7 @@ def report(task: Task, run: Run, family: Family, peak: float, step_time: float, 
     if task.max_steps:
         lines["whole run"] = (f"{task.max_steps} steps in {words(task.max_steps * step_time)}, loading, checkpoints and "
                               "validation aside")
-        lines["disk"] = disk(task, run)
+        lines["disk"] = disk(task, run, family)
     lines |= {name: found for name, advice in (("less memory", what_lowers_memory(task, run, family)),
                                                ("less time", what_lowers_time(task, run)), ("less disk", what_lowers_disk(task, run)))
               if (found := "; ".join(advice))}
@@ -111,13 +111,22 @@ def checkpoints(task: Task, run: Run) -> int:
     return min(made, limit or made)
 
 
-def disk(task: Task, run: Run) -> str:
-    count, one = checkpoints(task, run), checkpoint_bytes(task, run)
-    result = 2 * sum(4 * parameter.numel() for parameter in task.trained.parameters())  # the weights, and in the pipeline
+def result_bytes(task: Task, run: Run, family: Family) -> int:
+    """Of the weights that training/result.py leaves: LoRA's, and a pipeline's network, of a UNet unet.pth too."""
+    model, parameters = run.options.model, list(task.trained.parameters())
+    whole = sum(4 * parameter.numel() for parameter in parameters) * (2 if family.backbone == "unet" else 1)
+    if not model.lora_rank:
+        return whole
+    return sum(4 * parameter.numel() for parameter in trained_parameters(task)) + (whole if model.merge_lora else 0)
+
+
+def disk(task: Task, run: Run, family: Family) -> str:
+    count, one, result = checkpoints(task, run), checkpoint_bytes(task, run), result_bytes(task, run, family)
+    others = " and the base's other parts" if not run.options.model.lora_rank or run.options.model.merge_lora else ""
     folder = next(path for path in (run.output_dir.absolute(), *run.output_dir.absolute().parents) if path.is_dir())
     free, needed = shutil.disk_usage(folder).free, count * one + result
-    return (f"{count} checkpoint{'s' * (count > 1)} of {one / GIB:.3g} GiB, the result {result / GIB:.3g} GiB and the base's "
-            f"other parts; {free / GIB:.3g} GiB are free" + (": NOT ENOUGH" if free < needed else ""))
+    return (f"{count} checkpoint{'s' * (count > 1)} of {one / GIB:.3g} GiB, the result {result / GIB:.3g} GiB{others}; "
+            f"{free / GIB:.3g} GiB are free" + (": NOT ENOUGH" if free < needed else ""))
 
 
 def total_memory(device: torch.device) -> float:

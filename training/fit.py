@@ -200,7 +200,7 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
                 raise UserError(f"{problem} ({kept})")
             run.say(f"Stopped by {run.stop.name or 'a signal'}: {kept}, {continuing(options.run.resume_from_checkpoint)}")
             return Outcome(now.step, finished=False)
-        if now.due(options.run.validation_steps, now.validated) or ended and now.validated < now.step:
+        if now.due(options.run.validation_steps, now.validated):
             now.validated = now.step
             task.validate(now.step)
             throughput.restart()

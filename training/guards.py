@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from common.errors import UserError
 from data.pairs import PairDataset
-from models.devices import raise_together
+from models.devices import writing
 from training.records import EventLog
 from training.run import Run
 
@@ -215,10 +215,7 @@ def count_in(record: dict, name: str, default: int = 0) -> int:
 
 def write_together(run: Run, log: EventLog, events: list[dict]) -> None:
     """Have the main process write every process's events. Every process must call this."""
-    events, problem = gather_object(events), None
-    if run.main:
-        try:
+    events = gather_object(events)
+    with writing(str(log.path), run.output_dir):
+        if run.main:
             log.write(events)
-        except OSError as error:
-            problem = f"cannot write {log.path}: {error.strerror}"
-    raise_together(problem)

@@ -6,14 +6,13 @@ from common.train_options import TrainOptions
 from common.errors import UserError, first_line
 
 CARD = """---
-base_model: {base}
-library_name: diffusers
+{base_model}library_name: diffusers
 license: {license}
 tags: [text-to-image, diffusers, preference-optimization, {method}]
 ---
 # {name}
 
-[{base}](https://huggingface.co/{base}) trained with {method}{safeguard}{data}.
+{base} trained with {method}{safeguard}{data}.
 
 | setting | value |
 |---|---|
@@ -37,16 +36,18 @@ def model_card(options: TrainOptions, name: str, license: str) -> str:
     rows = "\n".join(f"| {setting} | {values[setting]} |" for setting in SHOWN)
     safeguard = (f" and the winner-preserving safeguard (mu {objective.winner_preserving_mu:g})"
                  if objective.use_winner_preserving else "")
-    folder = Path(options.run.output_dir)
+    folder, base = Path(options.run.output_dir), options.model.pretrained_model_name_or_path
+    local = Path(base).exists()  # the hub refuses a card whose base_model is none of its own
     left = [text for file, text in (("model_index.json", PIPELINE), ("unet.pth", UNET),
                                     ("pytorch_lora_weights.safetensors", ADAPTER)) if (folder / file).is_file()]
-    return CARD.format(base=options.model.pretrained_model_name_or_path, method=objective.train_method, name=name,
+    return CARD.format(base=f"`{Path(base).name}`" if local else f"[{base}](https://huggingface.co/{base})",
+                       base_model="" if local else f"base_model: {base}\n", method=objective.train_method, name=name,
                        settings=rows, left=" ".join(left), safeguard=safeguard, license=license,
                        data=f" on the preference pairs of `{options.data.source}`" if options.data.source else "")
 
 
 def push(options: TrainOptions, license: str) -> str:
-    """Upload output_dir without its checkpoints; returns the address. Raises UserError; nothing local is lost.
+    """Upload output_dir without its checkpoints and what earlier runs left there; returns the address. Raises UserError; nothing local is lost.
 
     license: the base's, which the trained weights inherit.
     """
@@ -59,7 +60,7 @@ def push(options: TrainOptions, license: str) -> str:
         api = HfApi()
         repository = api.create_repo(name, exist_ok=True).repo_id
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"{options.objective.train_method} training",
-                          ignore_patterns=["checkpoint-*", ".*", f"{options.run.logging_dir}/*"])
+                          ignore_patterns=["checkpoint-*", "replaced-*", ".*", f"{options.run.logging_dir}/*"])
     except Exception as error:  # the network's and the hub's failures are of many kinds
         raise UserError(f"the run is complete in {folder}, but could not be pushed to {name}: {first_line(error, 200)}"
                         " (log in with `hf auth login`)") from None

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers.optimization import Adafactor
 
 from common.train_options import OptimizerOptions
-from common.errors import UserError, warn
+from common.errors import UserError, first_line, warn
 
 NOTICEABLE = 1e-3  # of a typical weight
 WARMUP_THEN_DECAY = "warmup_then_decay"  # a schedule beside those of diffusers
@@ -66,15 +66,15 @@ def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizerOptions, m
     if options.lr_scheduler == WARMUP_THEN_DECAY:
         return torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_then_decay(step, options.lr_warmup_steps, max_steps))
+    known = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]  # its rules have no option here
+    if options.lr_scheduler not in known:
+        raise UserError(f"--lr_scheduler {options.lr_scheduler} is none of {', '.join(known)}, {WARMUP_THEN_DECAY}")
     try:
-        if options.lr_scheduler == "piecewise_constant":
-            raise ValueError("its rules have no option here")
         return get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps,
                              num_training_steps=max_steps)
-    except ValueError:
-        raise UserError(f"--lr_scheduler {options.lr_scheduler} is none of "
-                        f"{', '.join(kind.value for kind in SchedulerType if kind.value != 'piecewise_constant')}, "
-                        f"{WARMUP_THEN_DECAY}") from None
+    except ValueError as error:  # polynomial decays to 1e-7, which a published rate may be below
+        raise UserError(f"--lr_scheduler {options.lr_scheduler} cannot be used here ({first_line(error)}): choose another, "
+                        "or another --learning_rate") from None
 
 
 def warmup_then_decay(step: int, warmup_steps: int, max_steps: int) -> float:

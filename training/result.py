@@ -1,5 +1,7 @@
 """What a finished run leaves: the network's weights, and a diffusers pipeline that opens as it is."""
 
+from pathlib import Path
+
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -15,12 +17,12 @@ from training.run import Run
 from training.state import LoraWeights, whole_state
 
 
-def save_result(run: Run, family: Family, policy: Policy) -> str:
+def save_result(run: Run, family: Family, policy: Policy) -> tuple[str, Path]:
     """A full diffusers pipeline in output_dir, of a UNet unet.pth too; of LoRA its weights, and the pipeline with them
-    merged unless --merge_lora is off. Returns what was left, in words. Every process must call this. Raises UserError on
-    all alike."""
+    merged unless --merge_lora is off. Returns what was left, in words, and the path that the evaluation takes. Every process
+    must call this. Raises UserError on all alike."""
     folder, accelerator = run.output_dir, run.accelerator
-    whole = not policy.lora or family.options.merge_lora
+    whole = not policy.lora or run.options.model.merge_lora
     state = None if policy.lora else whole_state(accelerator, policy.network)
     with writing(f"the result into {folder}", folder):
         if policy.lora:
@@ -35,8 +37,12 @@ def save_result(run: Run, family: Family, policy: Policy) -> str:
                 with whole_file(folder / family.weights_file) as aside:
                     torch.save(network.state_dict(), aside)
             save_pipeline(run, family, network)
-    named = [folder / family.weights_file] * (whole and family.backbone == "unet") + [folder / LORA_FILE] * policy.lora
-    return " and ".join([*map(str, named), *[f"a diffusers pipeline in {folder}"] * whole])
+    left = [str(folder / LORA_FILE)] if policy.lora else []
+    left += [f"a diffusers pipeline in {folder}"] if whole else []
+    if not (whole and family.backbone == "unet"):
+        return " and ".join(left), folder
+    weights = folder / family.weights_file
+    return " and ".join([str(weights), *left]), weights
 
 
 def save_pipeline(run: Run, family: Family, network: nn.Module) -> None:

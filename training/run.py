@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from common.errors import UserError, warn
-from common.files import write_json
+from common.files import read_json, write_json
 from common.locks import hold
 from common.signals import StopSignal
 from common.train_options import TrainOptions
-from models.devices import COMPUTE_DTYPES, raise_together, start_accelerator
+from models.devices import COMPUTE_DTYPES, raising_together, start_accelerator
 from training.checkpoints import PROGRESS, list_checkpoints, read_progress
 
 RUN_FILE = "run.json"
@@ -123,12 +123,9 @@ def settings_of_run(output_dir: Path) -> dict | None:
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints and not any((output_dir / name).is_file() for name in RESULTS):
         return None
-    try:
-        settings = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
-        if isinstance(settings, dict):
-            return settings
-    except (OSError, ValueError, RecursionError):
-        pass
+    settings = read_json(output_dir / RUN_FILE)
+    if isinstance(settings, dict):
+        return settings
     warn(f"{output_dir / RUN_FILE} is missing or damaged; writing a new one")
     for folder in reversed(checkpoints):
         try:
@@ -141,13 +138,10 @@ def settings_of_run(output_dir: Path) -> dict | None:
 def claim_output_dir(run: Run) -> None:
     """Make output_dir this run's, or refuse: another program is at work there, or it holds another run's checkpoints or
     result. Every process must call this. Raises UserError, on all alike."""
-    output_dir, options, problem = run.output_dir, run.options.run, None
-    if run.main and output_dir.is_dir():
-        try:
+    output_dir, options = run.output_dir, run.options.run
+    with raising_together():
+        if run.main and output_dir.is_dir():
             hold(output_dir)
-        except UserError as error:
-            problem = str(error)
-    raise_together(problem)
     before = settings_of_run(output_dir)
     named = Path(options.resume_from_checkpoint or "")
     if options.seed is None and (named / PROGRESS).is_file():  # another run's checkpoint
@@ -166,19 +160,17 @@ def claim_output_dir(run: Run) -> None:
 def write_run_file(run: Run, starts_over: bool) -> None:
     """Create output_dir and its run.json, and hold it against other programs; what an earlier run left there is set aside
     where this one starts over. Every process must call this. Raises UserError, on all alike."""
-    output_dir, problem = run.output_dir, None
-    if run.main:
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            hold(output_dir)
-            if starts_over:
-                set_aside(output_dir, [path for name in RUN_OUTPUTS for path in output_dir.glob(name)], "Starting over")
-            write_json(output_dir / RUN_FILE, run.settings())
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"cannot write to --output_dir {output_dir}: {error.strerror}"
-    raise_together(problem)
+    output_dir = run.output_dir
+    with raising_together():
+        if run.main:
+            try:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                hold(output_dir)
+                if starts_over:
+                    set_aside(output_dir, [path for name in RUN_OUTPUTS for path in output_dir.glob(name)], "Starting over")
+                write_json(output_dir / RUN_FILE, run.settings())
+            except OSError as error:
+                raise UserError(f"cannot write to --output_dir {output_dir}: {error.strerror}") from None
 
 
 def set_aside(output_dir: Path, paths: list[Path], why: str) -> None:

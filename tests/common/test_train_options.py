@@ -94,6 +94,11 @@ def test_a_flag_that_is_ignored_is_worth_a_warning(flags, word, capsys):
     assert word in capsys.readouterr().err
 
 
+def test_a_constant_schedule_is_not_told_that_it_warms_up_for_too_long(capsys):
+    parse_options([*BASE, "--lr_scheduler", "constant", "--lr_warmup_steps", "10", "--max_train_steps", "10"])
+    assert capsys.readouterr().err.count("warning") == 1
+
+
 def test_a_short_run_and_options_given_as_their_defaults_are_not_worth_a_warning(capsys):
     parse_options([*BASE, "--max_train_steps", "10", "--dmpo_alpha", "0", "--num_train_epochs", "100"])
     assert capsys.readouterr().err == ""

@@ -13,6 +13,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.train_options import DataOptions
+from data.files import read_listing
 from data.layouts import find_layout
 from data.shards import split_files
 from data.choosing import choose_pairs
@@ -202,6 +203,12 @@ def test_faulty_folders_are_one_line(tmp_path):
     refused("two ways")
 
 
+def test_the_unnamed_index_that_pandas_writes_is_left_out(tmp_path):
+    path = write(tmp_path / "pandas.csv", b",caption,score\n0,a cat,1\n1,,2\n")
+    table = read_listing(path)
+    assert table.column_names == ["caption", "score"] and table[:] == {"caption": ["a cat", None], "score": ["1", "2"]}
+
+
 def test_faulty_listings_are_one_line(tmp_path):
     for name, text, words in [
         ("a.jsonl", '{"caption": "x"}\n{oops', "line 2 is no JSON"), ("b.jsonl", "[1]", "line 1 must hold an object"),
@@ -271,6 +278,12 @@ def test_the_first_shards_of_a_hub_dataset(tmp_path, monkeypatch):
 def test_files_that_name_no_split_are_the_training_split():
     listing = [SimpleNamespace(path=name) for name in ("b.parquet", "a.parquet", "test.parquet", "x.json")]
     assert [file.path for file in split_files(listing, DataOptions())] == ["a.parquet", "b.parquet"]
+
+
+def test_a_configuration_of_a_hub_dataset_is_a_folder_of_that_name():
+    listing = [SimpleNamespace(path=name) for name in ("v1/train-0.parquet", "data/v1/train-1.parquet", "old_v1/train-2.parquet")]
+    found = split_files(listing, DataOptions(dataset_config_name="v1"))
+    assert [file.path for file in found] == ["data/v1/train-1.parquet", "v1/train-0.parquet"]
 
 
 def test_single_images_are_for_sft_and_for_likes():

@@ -48,6 +48,17 @@ def test_it_becomes_a_folder_once(tmp_path, tiny_sd15, monkeypatch):
     assert record["pretrained_model_name_or_path"] == str(path) and record["base_identity"] == f"sha256:{fingerprint(path)}"
 
 
+@pytest.mark.slow
+def test_lora_on_it_is_merged_as_on_a_folder(tmp_path, tiny_sd15, pairs_dir, train_run, monkeypatch, capsys):
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file",
+                        lambda path, **parts: StableDiffusionPipeline.from_pretrained(tiny_sd15))
+    path = checkpoint(tmp_path / "dreamy.safetensors", SD15_KEY)
+    train_run(["--pretrained_model_name_or_path", path, "--cache_dir", tmp_path / "cache", "--train_data_dir", pairs_dir,
+               "--resolution", 64, "--mixed_precision", "no", "--lora_rank", 2, "--output_dir", tmp_path / "out"])
+    assert (tmp_path / "out" / "unet.pth").is_file() and (tmp_path / "out" / "model_index.json").is_file()
+    assert f"test_sd15.sh {tmp_path / 'out' / 'unet.pth'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("keys, words", [(["unet.conv_in.weight"], ["no checkpoint file", "--unet_init"]),
                                          ([SD15_KEY], ["cannot be opened", "configs come from the hub"])])
 def test_what_cannot_be_opened_is_one_line(tmp_path, keys, words):

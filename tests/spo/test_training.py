@@ -200,6 +200,8 @@ def test_prompts_from_text_json_and_the_captions_of_a_dataset(tmp_path, pairs_di
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
     for name in ("prompts.json", "prompts.txt"):
         assert load_prompts(options_of(f"--spo_prompts={tmp_path / name}")) == ["a cat", "a dog"]
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": null}\n{"prompt": "a dog"}\n{"prompt": "a cat"}\n')
+    assert load_prompts(options_of(f"--train_data_dir={tmp_path / 'pairs.jsonl'}")) == ["a cat", "a dog"], "by its usual name"
     captions = load_prompts(options_of(f"--train_data_dir={pairs_dir}"))
     assert len(captions) == len(set(captions)) > 10
     fewer = options_of(f"--train_data_dir={pairs_dir}", "--max_train_samples=5")

@@ -1,11 +1,13 @@
 """--dry_run: what it prints, and that nothing stays."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.errors import UserError
+from common.train_options import ModelOptions
 from training import dry_run
 
 
@@ -31,6 +33,8 @@ def test_memory_time_and_disk_of_the_whole_run_and_nothing_left(base, tmp_path, 
     size = 3 * (tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 2**30  # weights and two moments
     count, one = re.search(r"(\d+) checkpoints of ([\d.e-]+) GiB", line(told, "disk")).groups()
     assert count == "4" and float(one) == pytest.approx(size, rel=0.05)
+    result = float(re.search(r"the result ([\d.e-]+) GiB and the base's other parts", told).group(1))
+    assert result == pytest.approx(size * 2 / 3, rel=0.05), "unet.pth, and the pipeline's"
     assert "--train_batch_size 1 --gradient_accumulation_steps 16" in line(told, "less memory")
     assert "--gradient_checkpointing" in told and "--use_8bit_adam" in told and "--checkpoints_total_limit" in told
 
@@ -57,6 +61,15 @@ def test_memory_that_does_not_suffice_is_one_line_with_what_would_help(base, tmp
     with pytest.raises(UserError, match="out of memory on cpu.*--gradient_checkpointing.*--lora_rank 16"):
         train_run(base)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backbone, lora_rank, merge_lora, parameters", [
+    ("unet", 0, None, 2 * 30), ("unet", 4, True, 10 + 2 * 30), ("transformer", 0, None, 30), ("transformer", 4, False, 10)])
+def test_the_result_on_disk_is_what_is_left(backbone, lora_rank, merge_lora, parameters):
+    trained = torch.nn.ParameterList([torch.zeros(10), torch.zeros(20)])
+    trained[1].requires_grad = False
+    run = SimpleNamespace(options=SimpleNamespace(model=ModelOptions(lora_rank=lora_rank, merge_lora=merge_lora)))
+    assert dry_run.result_bytes(SimpleNamespace(trained=trained), run, SimpleNamespace(backbone=backbone)) == 4 * parameters
 
 
 def test_durations_in_words():

@@ -37,7 +37,15 @@ def test_the_pipeline_goes_up_with_a_card_and_checkpoints_stay(options, tmp_path
     card = (tmp_path / "run" / "README.md").read_text()
     assert "base_model: org/base" in card and "license: openrail++" in card and "`org/pairs`" in card and "mu 0.9" in card and "| beta_dpo | 5000.0 |" in card
     [upload] = Recorder.uploads
-    assert {"checkpoint-*", "logs/*"} <= set(upload["ignore_patterns"])
+    assert {"checkpoint-*", "replaced-*", "logs/*"} <= set(upload["ignore_patterns"])
+
+
+def test_a_card_names_no_local_folder_as_its_base_model(options, tmp_path):
+    (tmp_path / "my-base").mkdir()
+    options.model.pretrained_model_name_or_path = str(tmp_path / "my-base")
+    push(options, "openrail++")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "base_model" not in card and "`my-base` trained with" in card and str(tmp_path) not in card
 
 
 def test_a_failed_push_is_one_line_and_says_that_nothing_is_lost(options, monkeypatch):

@@ -54,3 +54,9 @@ def test_schedules_warm_up_and_an_unknown_one_is_refused_by_name():
     for name in ("nope", "piecewise_constant"):
         with pytest.raises(UserError, match=f"--lr_scheduler {name} is none of .*cosine"):
             make_schedule(optimizer, OptimizerOptions(lr_scheduler=name, lr_warmup_steps=0), 10)
+
+
+def test_a_schedule_that_the_rate_does_not_suit_is_told_from_an_unknown_one():
+    options = OptimizerOptions(optimizer="sgd", lr_scheduler="polynomial", lr_warmup_steps=0)
+    with pytest.raises(UserError, match="--lr_scheduler polynomial cannot be used here .*initial lr.*--learning_rate"):
+        make_schedule(make_optimizer(parameters(), options, 1e-8), options, 10)
