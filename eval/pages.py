@@ -1,6 +1,6 @@
 """What the pages share: templates whose every text is escaped, and small copies of the images. A page needs no network.
 
-page.css and page.js hold what all of them look like and do.
+page.css and page.js hold what all of them look like and do, gallery.js what those with a gallery do.
 """
 
 import base64
