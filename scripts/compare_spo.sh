@@ -8,9 +8,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$ROOT"
 need_packages
 export OMP_NUM_THREADS=1 # each worker has one core
-
-output=output/spo
-for argument in "$@"; do
-  if [ "$argument" = --smoke ]; then output=output/spo_smoke; fi
-done
-run "$PYTHON" -m shapes.spo_comparison --output "$output" "$@"
+run "$PYTHON" -m shapes.spo_comparison "$@"

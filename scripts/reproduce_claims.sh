@@ -9,9 +9,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$ROOT"
 need_packages
 export OMP_NUM_THREADS=1 # each worker has one core
-
-output=output/claims
-for argument in "$@"; do
-  case "$argument" in --smoke) output=output/claims_smoke ;; --full) output=output/claims_full ;; esac
-done
-run "$PYTHON" -m shapes.experiments --output "$output" "$@"
+run "$PYTHON" -m shapes.experiments "$@"

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from common.progress import progress_bar
-from shapes.mixture import RESOLUTION, sample_drawing, write_training_pairs
+from shapes.mixture import RESOLUTION, sample_captions, write_training_pairs
 from shapes.drawing import (COLOURS, FLAW_NAMES, KINDS, POSITIONS, SIZES, Flaws, caption, random_drawing, random_flaws,
                             render)
 from shapes.oracle import judge
@@ -159,20 +159,24 @@ def ship(output: Path) -> None:
     """Write the trained parts of the pipeline in output/trained as float16 into shapes/base."""
     trained = StableDiffusionPipeline.from_pretrained(output / "trained", dtype=torch.float16)
     for name in ("vae", "text_encoder", "unet"):
-        getattr(trained, name).save_pretrained(SHIPPED / name)
-        config = json.loads((SHIPPED / name / "config.json").read_text())
-        config.pop("_name_or_path", None)  # a folder of this machine
-        (SHIPPED / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    size = sum(path.stat().st_size for path in SHIPPED.rglob("*.safetensors"))
-    print(f"shipped {size / 1e6:.1f} MB in {SHIPPED}")
+        ship_part(getattr(trained, name), SHIPPED / name)
+
+
+def ship_part(part: nn.Module, folder: Path) -> None:
+    """A part's weights, and its config in order and without a folder of this machine."""
+    part.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    print(f"shipped {size / 1e6:.1f} MB in {folder}")
 
 
 def judge_base(kind: str, num_prompts: int) -> None:
     """Report what the oracle says of a shipped base's drawings; a grid of unseen prompts' goes to docs/images."""
     pipeline, steps = open_base(kind), STEPS[kind]
     for unseen in (False, True):
-        rng = random.Random(1)
-        prompts = [caption(sample_drawing(rng, unseen)) for _ in range(num_prompts)]
+        prompts = sample_captions(random.Random(1), num_prompts, unseen)
         start = time.time()
         images = draw_images(pipeline, prompts, num_inference_steps=steps)
         seconds = (time.time() - start) / num_prompts

@@ -66,7 +66,7 @@ def change(network, start: dict) -> float:
     return (added / whole) ** 0.5
 
 
-def row(method: str, lora: bool, record: dict) -> str:
+def row(method: str, lora: bool, record: dict) -> list[str]:
     logs = record["logs"]
 
     def mean(name: str, form: str) -> str:
@@ -75,31 +75,30 @@ def row(method: str, lora: bool, record: dict) -> str:
 
     lambdas = [step["avg_lose_l_scale"] for step in logs if "avg_lose_l_scale" in step] if method in PAIRWISE else []
     acted = f"{mean('avg_lose_l_scale', '.2f')}, below 1 in {sum(value < 1 for value in lambdas)}" if lambdas else "-"
-    guarded = f"{record['beta']:g}" if method in WITH_BETA else "-"
-    guarded += f" | {record['mu']:g}" if method in PAIRWISE else " | -"
-    return (f"| {method} | {'LoRA 16' if lora else 'whole'} | {record['rate']:.1e} | {guarded} | {record['moved']:.1e} | "
-            f"{mean('train_loss', '.3g')} | {max(step['grad_norm'] for step in logs):.2g} | {mean('implicit_acc_accumulated', '.2f')} | "
-            f"{mean('avg_win_diff_loss', '+.1e')} | {acted} |")
+    beta = f"{record['beta']:g}" if method in WITH_BETA else "-"
+    mu = f"{record['mu']:g}" if method in PAIRWISE else "-"
+    return [method, "LoRA 16" if lora else "whole", f"{record['rate']:.1e}", beta, mu, f"{record['moved']:.1e}",
+            mean("train_loss", ".3g"), f"{max(step['grad_norm'] for step in logs):.2g}", mean("implicit_acc_accumulated", ".2f"),
+            mean("avg_win_diff_loss", "+.1e"), acted]
 
 
 def main() -> None:
     [settings], _ = parse([Settings], program="python -m shapes.defaults", description=__doc__)
     quiet_libraries()
-    from shapes.experiment import do_all, keep_settings
+    from shapes.experiment import do_all, keep_settings, table
     from shapes.pairs import write_pairs
 
     output = Path(settings.output)
-    keep_settings(settings, ["steps"])
+    keep_settings(settings, "methods")
     if not (output / "pairs").is_dir():
         write_pairs(output / "pairs", 200, seed=1, resolution=32)
     runs = [(method, lora) for method in settings.methods for lora in (False, True)]
     files = [output / "runs" / f"{method}{'_lora' * lora}.json" for method, lora in runs]
     do_all(None, [(file, run, (*one, settings)) for file, one in zip(files, runs)], "defaults")
-    table = "\n".join([
-        "| method | trained | rate | beta | mu | weights moved by | loss | largest gradient | accuracy | winner's error | lambda |",
-        "|---|---|---|---|---|---|---|---|---|---|---|", *(row(*one, json.loads(file.read_text())) for one, file in zip(runs, files))])
-    write_text(output / "defaults.md", table + "\n")
-    print(table)
+    text = table(["method", "trained", "rate", "beta", "mu", "weights moved by", "loss", "largest gradient", "accuracy",
+                  "winner's error", "lambda"], [row(*one, json.loads(file.read_text())) for one, file in zip(runs, files)])
+    write_text(output / "defaults.md", text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

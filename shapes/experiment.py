@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
@@ -19,6 +20,8 @@ from common.locks import release
 from common.progress import progress_bar
 from common.train_checks import parse_options
 from common.train_options import TrainOptions
+from data.cache import CacheOptions, cache
+from shapes.oracle import Judgement, judge
 from shapes.pipeline import BASE_OPTIONS, draw_images
 from train import train
 from training.fit import Watch
@@ -59,29 +62,38 @@ def train_here(options: TrainOptions, watch: Watch, make_task: Callable | None =
         raise KeyboardInterrupt
 
 
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """A network in evaluation mode, for a moment."""
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        network.train(training)
+def cache_pairs(options: TrainOptions) -> None:
+    """Encode the pairs that the options name, once, for all runs."""
+    reset_accelerate()
+    cache(options, CacheOptions())
 
 
-def draw_with(network: nn.Module | None, pipeline: DiffusionPipeline, *arguments, **settings) -> list:
-    """draw_images with another network in the pipeline, for this once; None: with its own."""
+def draw_and_judge(network: nn.Module | None, pipeline: DiffusionPipeline, prompts: list[str], first_seed: int,
+                   steps: int) -> tuple[np.ndarray, list[Judgement]]:
+    """One image a prompt, drawn by another network in the pipeline, in evaluation mode (None: by its own), and what the
+    oracle says of each."""
     name = "unet" if hasattr(pipeline, "unet") else "transformer"
     own = getattr(pipeline, name)
     network = own if network is None else network
-    setattr(pipeline, name, network)
+    training = network.training
+    setattr(pipeline, name, network.eval())
     try:
-        with evaluating(network):
-            return draw_images(pipeline, *arguments, **settings)
+        images = draw_images(pipeline, prompts, first_seed, steps)
     finally:
         setattr(pipeline, name, own)
+        network.train(training)
+    judgements = [judge(image, prompt) for image, prompt in zip(images, prompts)]
+    return np.stack([np.asarray(image) for image in images]), judgements
+
+
+def mean_score(judgements: list[Judgement]) -> float:
+    return float(np.mean([judgement.score for judgement in judgements]))
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """In Markdown."""
+    header = list(header)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 # --- pieces of work ------------------------------------------------------------------------------------------------------
@@ -89,11 +101,11 @@ def draw_with(network: nn.Module | None, pipeline: DiffusionPipeline, *arguments
 Work = tuple[Path, Callable[..., Any], tuple]  # where its record goes, what makes it, and of what
 
 
-def keep_settings(settings: Any, names: Iterable[str]) -> None:
-    """Write down, in the output's settings.json, what every record there follows from. Raises UserError where the records that
-    are there follow from other values: they would be taken for these."""
+def keep_settings(settings: Any, *free: str) -> None:
+    """Write into the output's settings.json what every record there follows from: all settings but output, workers and those
+    `free` to differ. Raises UserError where it holds records of other settings: they would be taken for these."""
     path = Path(settings.output, "settings.json")
-    now = {name: getattr(settings, name) for name in names}
+    now = {name: value for name, value in vars(settings).items() if name not in ("output", "workers", *free)}
     before = read_json(path) or now
     changed = [f"--{name} was {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changed:

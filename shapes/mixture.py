@@ -27,6 +27,11 @@ def sample_drawing(rng: random.Random, unseen: bool) -> Drawing:
             return drawing
 
 
+def sample_captions(rng: random.Random, count: int, unseen: bool) -> list[str]:
+    """Captions of random drawings, which may repeat: those held out from the base, or others."""
+    return [caption(sample_drawing(rng, unseen)) for _ in range(count)]
+
+
 def mixed_flaws(rng: random.Random) -> Flaws:
     """The flaws (often none) of one drawing of the mixture that the base learns."""
     if rng.random() >= POOR_SHARE:

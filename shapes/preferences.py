@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.errors import UserError, quiet_libraries, run_program
 from common.options import option, parse
-from shapes.mixture import RESOLUTION, sample_drawing
+from shapes.mixture import RESOLUTION, sample_captions, sample_drawing
 from shapes.drawing import FLAW_NAMES, caption, random_flaws, render
 from shapes.pairs import pair_row, write_rows
 
@@ -48,7 +48,7 @@ def write_preferences(folder: str | os.PathLike, num_pairs: int, seed: int = 0, 
     from shapes.pipeline import draw_images, open_base
 
     rng = random.Random(seed)
-    prompts = [caption(sample_drawing(rng, unseen)) for _ in range(int(num_pairs * drawn_share))]
+    prompts = sample_captions(rng, int(num_pairs * drawn_share), unseen)
     pipeline = open_base()
     images = draw_images(pipeline, [prompt for prompt in prompts for _ in range(CANDIDATES)], seed * 1_000_003,
                          num_inference_steps)

@@ -1,6 +1,5 @@
 """The SD3-shaped base: a transformer that learns the mixture in flow matching, on the other base's VAE and text encoder."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from transformers import CLIPTextModel
 from common.train_checks import parse_options
 from common.train_options import TrainOptions
 from data.cache import CacheOptions, cache
+from shapes.base_model import ship_part
 from shapes.experiment import COMMON
 from shapes.mixture import RESOLUTION, write_training_pairs
 from shapes.pipeline import BASE_OPTIONS, NETWORKS, SHIPPED, assemble_sd3
@@ -77,11 +77,6 @@ def train_transformer(output: Path, seed: int) -> None:
 
 def ship(output: Path) -> None:
     """Write the average as float16 into shapes/base_sd3."""
-    folder = NETWORKS["sd3"][1]
     transformer = new_transformer()
     transformer.load_state_dict(load_file(output / AVERAGE))
-    transformer.half().save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    print(f"shipped {size / 1e6:.1f} MB in {folder}")
+    ship_part(transformer.half(), NETWORKS["sd3"][1])

@@ -3,31 +3,28 @@
 import json
 import random
 import time
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from common.files import write_json, write_text
 from common.locks import release
-from data.cache import CacheOptions, cache
 from models.family import Family
 from models.guidance import guided, select
-from shapes.mixture import sample_drawing
-from shapes.drawing import caption
-from shapes.experiment import Enough, do_all, draw_with, keep_settings, reset_accelerate, run_options, train_here, worker_pool
+from shapes.experiment import (Enough, cache_pairs, do_all, draw_and_judge, keep_settings, mean_score, reset_accelerate,
+                               run_options, table, train_here, worker_pool)
+from shapes.mixture import sample_captions
 from shapes.oracle import judge
 from shapes.pairs import write_pairs
 from shapes.pipeline import GUIDANCE_SCALE, base_pipeline, clip_tokenizer, text_config
 from shapes.preferences import write_preferences
-from shapes.spo_options import Settings
 from spo.options import SPOOptions
 from spo.preference_model.options import parse_spm_options
 from spo.preference_model.train import train as train_preference_model
@@ -37,8 +34,8 @@ from spo.task import Batch, SPOTask, make_task
 from training.fit import StepLoss
 from training.run import Run as TrainingRun
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend first)
+if TYPE_CHECKING:
+    from shapes.spo_comparison import Settings
 
 SAFEGUARD = {"use_winner_preserving": True}  # beta, alpha and mu are train.py's defaults, the published ones
 OFFLINE = {"sft": {}, "diffusion-dpo": SAFEGUARD, "dspo": SAFEGUARD, "dmpo": SAFEGUARD}
@@ -47,8 +44,7 @@ ORACLE_SCALE = 20.0  # turns the oracle's score in [0, 1] into a logit
 OVERLAP = ("cosine", "lambda", "lambda_below_one")
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     method: str
     learning_rate: float
     seed: int
@@ -59,20 +55,19 @@ class Run:
         return f"{self.method}_lr{self.learning_rate:g}_seed{self.seed}".replace(", ", "-").replace(" ", "-")
 
 
-def base_folder(settings: Settings) -> str:
+def base_folder(settings: "Settings") -> str:
     return settings.base or str(base_pipeline())
 
 
 # --- what all runs share -------------------------------------------------------------------------------------------------
 
-def prepare(settings: Settings) -> None:
+def prepare(settings: "Settings") -> None:
     """Prompts, the offline pairs and the step-aware preference model; with the processor time that each took."""
     output, prompts = Path(settings.output), {}
     output.mkdir(parents=True, exist_ok=True)
     for split, count, unseen in (("train", 2000, False), ("selection", settings.prompts, True),
                                  ("test", settings.prompts, True)):
-        rng = random.Random(f"{split} prompts")
-        prompts[split] = list(dict.fromkeys(caption(sample_drawing(rng, unseen)) for _ in range(count)))
+        prompts[split] = list(dict.fromkeys(sample_captions(random.Random(f"{split} prompts"), count, unseen)))
     write_text(output / "prompts.json", json.dumps(prompts, indent=1))
     write_text(output / "train_prompts.txt", "\n".join(prompts["train"]))
 
@@ -81,15 +76,14 @@ def prepare(settings: Settings) -> None:
         write_pairs(output / "pairs", settings.pairs, seed=1, resolution=32)
     else:
         write_preferences(output / "pairs", settings.pairs, seed=1, num_inference_steps=settings.inference_steps)
-    reset_accelerate()
-    cache(run_options(pretrained_model_name_or_path=base_folder(settings), train_data_dir=output / "pairs",
-                      cached_dataset=output / "cache"), CacheOptions())
+    cache_pairs(run_options(pretrained_model_name_or_path=base_folder(settings), train_data_dir=output / "pairs",
+                            cached_dataset=output / "cache"))
     drawn = time.process_time()
     make_preference_model(settings)
     write_json(output / "prepared.json", {"pairs": drawn - start, "spm": time.process_time() - drawn})
 
 
-def make_preference_model(settings: Settings) -> None:
+def make_preference_model(settings: "Settings") -> None:
     """Train it on drawn pairs into OUTPUT/spm, from a CLIP that knows nothing."""
     output, clip = Path(settings.output), Path(settings.output, "clip")
     make_clip(clip)
@@ -97,9 +91,10 @@ def make_preference_model(settings: Settings) -> None:
     held_out = write_pairs(output / "spm_held_out", max(16, settings.spm_pairs // 10), seed=3, resolution=32)
     for file in held_out.glob("train-*.parquet"):
         file.rename(drawn / file.name.replace("train", "validation"))
-    options = {"pretrained_model_name_or_path": base_folder(settings), "train_data_dir": drawn, "validation_split": "validation",
-               "resolution": 32, "spm_clip": clip, "spm_tokenizer": clip, "guidance": GUIDANCE_SCALE, "learning_rate": 5e-4,
-               "adam_weight_decay": 0.01, "lr_warmup_steps": settings.spm_steps // 10, "max_train_steps": settings.spm_steps,
+    options = {"pretrained_model_name_or_path": base_folder(settings), "train_data_dir": drawn,
+               "validation_split": "validation", "resolution": 32, "spm_clip": clip, "spm_tokenizer": clip,
+               "guidance": GUIDANCE_SCALE, "learning_rate": 5e-4, "adam_weight_decay": 0.01,
+               "lr_warmup_steps": settings.spm_steps // 10, "max_train_steps": settings.spm_steps,
                "train_batch_size": 16, "validation_steps": settings.spm_steps, "checkpointing_steps": 0,
                "mixed_precision": "no", "report_to": "none", "seed": 0, "output_dir": output / "spm"}
     reset_accelerate()
@@ -180,55 +175,34 @@ def make_variant(run: TrainingRun, family: Family, method: str) -> SPOTask:
 
 # --- one run -------------------------------------------------------------------------------------------------------------
 
-class Clock:
-    """Processor seconds of this process since the last restart, without those excluded."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        self.start = time.process_time()
-
-    def __call__(self) -> float:
-        return time.process_time() - self.start
-
-    def exclude(self, seconds: float) -> None:
-        self.start += seconds
-
-
-def judge_network(network: nn.Module, pipeline: StableDiffusionPipeline, prompts: list[str], settings: Settings) -> float:
-    """Mean oracle score of one image for each prompt."""
-    images = draw_with(network, pipeline, prompts, 0, settings.inference_steps)
-    return float(np.mean([judge(image, prompt).score for image, prompt in zip(images, prompts)]))
-
-
-def train_run(run: Run, settings: Settings) -> dict:
-    """Train for settings.seconds; returns the curve [(seconds, steps, score)] and, for SPO, what was seen of its pairs."""
+def train_run(run: Run, settings: "Settings") -> dict:
+    """Train for settings.seconds of processor time, judging apart; returns the curve [(seconds, steps, score)] and, for SPO,
+    what was seen of its pairs."""
     prompts = json.loads(Path(settings.output, "prompts.json").read_text())[run.split]
     pipeline = StableDiffusionPipeline.from_pretrained(base_folder(settings))
-    curve, seen, clock = [], [], Clock()
+    curve, seen = [], []
+    spent, since = 0.0, None
 
     def watch(step: int, network: nn.Module, scalars: dict[str, float]) -> None:
-        if not curve:
-            curve.append((0.0, 0, judge_network(network, pipeline, prompts, settings)))
-            clock.restart()
-            return
+        nonlocal spent, since
+        if since is not None:
+            spent += time.process_time() - since
         if "cosine" in scalars:
             seen.append({name: scalars[name] for name in OVERLAP} | {"kept_share": scalars["spo/kept_share"]})
-        if (seconds := clock()) >= settings.seconds * len(curve) / settings.points:
-            before = time.process_time()
-            curve.append((seconds, step, judge_network(network, pipeline, prompts, settings)))
-            clock.exclude(time.process_time() - before)
+        if spent >= settings.seconds * len(curve) / settings.points:
+            _, judgements = draw_and_judge(network, pipeline, prompts, 0, settings.inference_steps)
+            curve.append((spent, step, mean_score(judgements)))
         if len(curve) > settings.points:
             raise Enough
+        since = time.process_time()
 
     make = partial(make_variant, method=run.method) if run.method in ONLINE else None
     train_here(training_options(run, settings), watch, make)
     summary = {name: float(np.mean([about[name] for about in seen])) for name in seen[0]} if seen else {}
-    return asdict(run) | {"curve": curve, "pairs": summary}
+    return run._asdict() | {"curve": curve, "pairs": summary}
 
 
-def training_options(run: Run, settings: Settings):
+def training_options(run: Run, settings: "Settings"):
     """train.py's; the run ends by its watch."""
     output = Path(settings.output)
     common: dict[str, Any] = {
@@ -236,89 +210,86 @@ def training_options(run: Run, settings: Settings):
         "learning_rate": run.learning_rate, "lr_scheduler": "constant", "max_train_steps": 10**6}
     if run.method in OFFLINE:
         return run_options(cached_dataset=output / "cache", train_method=run.method, **common, **OFFLINE[run.method])
-    return run_options(SPOOptions, train_method="spo", spo_prompts=output / "train_prompts.txt", spo_guidance=GUIDANCE_SCALE,
-                       spo_sample_batch_size=settings.spo_prompts, spm_clip=output / "clip", spm_tokenizer=output / "clip",
+    return run_options(SPOOptions, train_method="spo", spo_prompts=output / "train_prompts.txt",
+                       spo_guidance=GUIDANCE_SCALE, spo_sample_batch_size=settings.spo_prompts,
+                       spm_clip=output / "clip", spm_tokenizer=output / "clip",
                        spm_checkpoint=output / "spm" / "step-aware_preference_model.bin", **common)
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------------
 
-def late_score(record: dict) -> float:
-    """Mean score over the second half of the time: less noisy than the last judgement."""
-    scores = [score for _, _, score in record["curve"][1:]]
-    return float(np.mean(scores[len(scores) // 2:]))
+def scores_of(record: dict) -> list[float]:
+    return [score for _, _, score in record["curve"]]
 
 
-def rates(method: str, settings: Settings) -> list[float]:
-    return settings.spo_rates if method in ONLINE else settings.offline_rates
+def late_score(scores: list[float]) -> float:
+    """Mean of a curve's scores over the second half of the time: less noisy than the last judgement."""
+    trained = scores[1:]  # the first is the base's
+    return float(np.mean(trained[len(trained) // 2:]))
 
 
-def report(settings: Settings, chosen: dict[str, float], records: list[dict], minutes: float) -> str:
+def report(settings: "Settings", chosen: dict[str, float], records: list[dict], minutes: float) -> str:
     """Table and plot of the final runs; returns the text of spo.md."""
     output = Path(settings.output)
     prepared = json.loads((output / "prepared.json").read_text())
     accuracies = json.loads((output / "spm" / "accuracy.json").read_text())
-    base = float(np.mean([record["curve"][0][2] for record in records]))
-    lines = ["| method | learning rate | steps | oracle score at the end | best | seconds to Diffusion-DPO's end score |",
-             "|---|---|---|---|---|---|"]
-    curves = {}
-    for method in chosen:
-        own = [record for record in records if record["method"] == method]
-        curves[method] = np.mean([[point[2] for point in record["curve"]] for record in own], axis=0)
-    goal = late_score({"curve": [(0, 0, score) for score in curves["diffusion-dpo"]]})
+    base = float(np.mean([scores_of(record)[0] for record in records]))
+    runs = {method: [record for record in records if record["method"] == method] for method in chosen}
+    curves = {method: np.mean([scores_of(record) for record in own], axis=0) for method, own in runs.items()}
+    goal = late_score(curves["diffusion-dpo"])
     times = np.linspace(0, settings.seconds, settings.points + 1)
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+    figure, rows = Figure(figsize=(7, 4.2), layout="tight"), []
+    axes = figure.subplots()
     for method, curve in curves.items():
-        own = [record for record in records if record["method"] == method]
-        ends = [late_score(record) for record in own]
+        ends = [late_score(scores_of(record)) for record in runs[method]]
+        steps = np.mean([record["curve"][-1][1] for record in runs[method]])
         reached = next((f"{t:.0f}" for t, score in zip(times, curve) if score >= goal and t > 0), "not reached")
         spread = f" +- {np.std(ends, ddof=1):.3f}" if len(ends) > 1 else ""
-        lines.append(f"| {method} | {chosen[method]:g} | {np.mean([r['curve'][-1][1] for r in own]):.0f} | "
-                     f"{np.mean(ends):.3f}{spread} | {curve.max():.3f} | {reached} |")
+        rows.append([method, f"{chosen[method]:g}", f"{steps:.0f}", f"{np.mean(ends):.3f}{spread}", f"{curve.max():.3f}",
+                     reached])
         axes.plot(times, curve, marker="o", label=method, linestyle="-" if method in ONLINE else "--")
     axes.axhline(base, color="grey", linewidth=0.8, label="base")
     axes.set(xlabel="processor seconds of training", ylabel="mean oracle score", title="Shapes world: quality over time")
     axes.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(output / "spo.png", dpi=150)
 
-    shared = [record["pairs"] for record in records if record["method"] == "spo" and record["pairs"]]
-    safeguard = ({name: float(np.mean([pairs[name] for pairs in shared])) for name in shared[0]} if shared else {})
-    text = "\n".join([
-        "# SPO beside the offline methods on the shapes world", "",
+    accuracy = "; ".join(f"t={key.removeprefix('accuracy_t')} {accuracies[0][key]:.2f} -> {accuracies[-1][key]:.2f}"
+                         for key in accuracies[-1] if key != "step")
+    text = "\n\n".join([
+        "# SPO beside the offline methods on the shapes world",
         f"Base: {base:.3f}. {settings.seconds:.0f} processor seconds a run, {settings.seeds} seed(s), {settings.prompts} "
         f"prompts of held-out captions; \"at the end\" is the mean over the second half of the time. "
-        f"{minutes:.0f} minutes in all.", "", *lines, "",
+        f"{minutes:.0f} minutes in all.",
+        table(["method", "learning rate", "steps", "oracle score at the end", "best",
+               "seconds to Diffusion-DPO's end score"], rows),
         f"Not in these times: the step-aware preference model took {prepared['spm']:.0f} processor seconds, drawing and "
-        f"ranking the offline pairs {prepared['pairs']:.0f}.", "",
-        "The step-aware preference model's accuracy on held-out pairs, before and after its training: "
-        + "; ".join(f"t={key.removeprefix('accuracy_t')} {accuracies[0][key]:.2f} -> {accuracies[-1][key]:.2f}"
-                    for key in accuracies[-1] if key != "step") + ".", ""]
-        + ([f"The safeguard on SPO's pairs (mu 0.9): mean cosine of winner's and loser's gradient {safeguard['cosine']:.4f}, "
-            f"mean lambda {safeguard['lambda']:.4f}, lambda below 1 in {safeguard['lambda_below_one']:.2%} of the pairs; "
-            f"{safeguard['kept_share']:.0%} of the pools gave a pair.", ""] if safeguard else []))
-    (output / "spo.md").write_text(text)
+        f"ranking the offline pairs {prepared['pairs']:.0f}.",
+        f"The step-aware preference model's accuracy on held-out pairs, before and after its training: {accuracy}.\n"])
+    if seen := [record["pairs"] for record in runs["spo"] if record["pairs"]]:
+        mean = {name: np.mean([pairs[name] for pairs in seen]) for name in seen[0]}
+        text += ("\nThe safeguard on SPO's pairs (mu 0.9): mean cosine of winner's and loser's gradient "
+                 f"{mean['cosine']:.4f}, mean lambda {mean['lambda']:.4f}, lambda below 1 in "
+                 f"{mean['lambda_below_one']:.2%} of the pairs; {mean['kept_share']:.0%} of the pools gave a pair.\n")
+    write_text(output / "spo.md", text)
     return text
 
 
-def experiment(settings: Settings) -> None:
+def experiment(settings: "Settings") -> None:
     """Do what is left to do, and write the report."""
     start, runs = time.time(), Path(settings.output, "runs")
-    keep_settings(settings, sorted(vars(settings).keys() - {"output", "workers", "smoke", "seeds", "offline_rates", "spo_rates"}))
+    keep_settings(settings, "smoke", "seeds", "offline_rates", "spo_rates")
     if not Path(settings.output, "prepared.json").is_file():
         prepare(settings)
-    methods = [*OFFLINE, *ONLINE]
+    grids = {method: settings.offline_rates for method in OFFLINE} | {method: settings.spo_rates for method in ONLINE}
     with worker_pool(settings.workers) as pool:
         def train_all(wanted: list[Run], description: str) -> list[dict]:
             do_all(pool, [(runs / f"{run.name}.json", train_run, (run, settings)) for run in wanted], description)
             return [json.loads((runs / f"{run.name}.json").read_text()) for run in wanted]
 
-        grids = {method: rates(method, settings) for method in methods}
-        found = train_all([Run(method, rate, 0, "selection") for method, grid in grids.items() if len(grid) > 1 for rate in grid],
-                          "learning rates")
-        chosen = {method: grid[0] if len(grid) == 1 else  # a grid of one rate needs no search
-                  max((record for record in found if record["method"] == method), key=late_score)["learning_rate"]
-                  for method, grid in grids.items()}
+        found = train_all([Run(method, rate, 0, "selection") for method, grid in grids.items()
+                           if len(grid) > 1 for rate in grid], "learning rates")  # a grid of one rate needs no search
+        late = {(record["method"], record["learning_rate"]): late_score(scores_of(record)) for record in found}
+        chosen = {method: max(grid, key=lambda rate: late.get((method, rate), 0.0)) for method, grid in grids.items()}
         records = train_all([Run(method, chosen[method], seed, "test") for seed in range(1, settings.seeds + 1)
-                             for method in methods], "final runs")
+                             for method in grids], "final runs")
     print(report(settings, chosen, records, (time.time() - start) / 60))

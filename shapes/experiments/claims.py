@@ -52,13 +52,14 @@ def weigh(text: str, world: World, value: Interval, sentence: str, form: str = "
         return Claim(text, world, "not run", "undecided", "Its runs are missing.")
     found = verdict(value, above, refuted_below) if below is None else verdict(negative(value), -below)
     bound = format(above if below is None else below, form)
+    refuting = bound if refuted_below is None else format(refuted_below, form)
     if math.isnan(value.low):
         why = "one seed has no interval"
     elif found == "undecided":
-        why = f"the interval holds {bound}" if refuted_below is None else f"the interval fits both {bound} and {format(refuted_below, form)}"
+        why = f"the interval holds {bound}" if refuted_below is None else f"the interval fits both {bound} and {refuting}"
     else:
         side = "above" if (found == "confirmed") == (below is None) else "below"
-        why = f"all of it lies {side} {bound if found == 'confirmed' or refuted_below is None else format(refuted_below, form)}"
+        why = f"all of it lies {side} {bound if found == 'confirmed' else refuting}"
     return Claim(text, world, value.show(form), found, f"{sentence.format(value.show(form))}; {why}.")
 
 
@@ -98,9 +99,9 @@ def claims_in(results: Results, world: World, method: str = "diffusion-dpo") -> 
              f"{at(best['safeguarded'])} its best, it stands {{}}% above the reference's", "+.1f", below=WINNER_TOLERANCE),
         weigh("It holds it even where plain comes to harm", world, rise(safe, harm),
              f"{at(harm)} it stands {{}}% above the reference's", "+.1f", below=WINNER_TOLERANCE),
-        weigh("Where plain comes to harm it is at least as good as the base", world, interval(list(results.gain(safe, harm).values())),
+        weigh("Where plain comes to harm it is at least as good as the base", world, interval(results.gains(safe, harm)),
              f"{at(harm)} it scores {{}} against the base", above=-SCORE_TOLERANCE),
-        weigh("Its best is better than the base", world, interval(list(results.gain(safe, best["safeguarded"]).values())),
+        weigh("Its best is better than the base", world, interval(results.gains(safe, best["safeguarded"])),
              f"{at(best['safeguarded'])} it scores {{}} against the base", above=0.0),
         weigh("Its best is at least as good as plain's best", world, results.difference(safe, plain),
              "It scores {} against plain", above=-SCORE_TOLERANCE),
@@ -108,11 +109,12 @@ def claims_in(results: Results, world: World, method: str = "diffusion-dpo") -> 
     room, censored = results.room(safe, plain) or (Interval(math.nan, math.nan, math.nan), False)
     found.append(weigh("It has more room: a larger rate still draws better than the base", world, room,
                       f"Its largest good rate is {'at least ' if censored else ''}{{}} times plain's", ".1f", above=1.0))
+    better, as_good = {"above": 0.0, "refuted_below": SCORE_TOLERANCE}, {"above": -SCORE_TOLERANCE}
     for name, text, bounds in (
-            ("fixed lambda", "The adaptive lambda is better than a fixed one", {"above": 0.0, "refuted_below": SCORE_TOLERANCE}),
-            ("per pair", "One lambda a batch is at least as good as one a pair", {"above": -SCORE_TOLERANCE}),
-            ("winners only", "Training on winners alone is not enough", {"above": 0.0, "refuted_below": SCORE_TOLERANCE}),
-            ("winner's error added", "It is at least as good as adding the winner's error to the loss", {"above": -SCORE_TOLERANCE})):
+            ("fixed lambda", "The adaptive lambda is better than a fixed one", better),
+            ("per pair", "One lambda a batch is at least as good as one a pair", as_good),
+            ("winners only", "Training on winners alone is not enough", better),
+            ("winner's error added", "It is at least as good as adding the winner's error to the loss", as_good)):
         if best[name]:
             found.append(weigh(text, world, results.difference(safe, chosen[name]),
                               f"Each at its best, the safeguard scores {{}} against {name}", **bounds))
@@ -127,7 +129,8 @@ def overhead(settings: Settings) -> list[Claim]:
     low, high = stats.bootstrap((seconds["safeguarded"], seconds["plain"]), lambda a, b: np.median(a) / np.median(b),
                                 vectorized=False, paired=True, rng=0, method="percentile").confidence_interval
     value = Interval(np.median(seconds["safeguarded"]) / np.median(seconds["plain"]) - 1, low - 1, high - 1)
-    return [weigh("Its overhead is negligible", WORLD, value, "It adds {} of a step's processor time", "+.1%", below=OVERHEAD_TOLERANCE)]
+    return [weigh("Its overhead is negligible", WORLD, value, "It adds {} of a step's processor time", "+.1%",
+                  below=OVERHEAD_TOLERANCE)]
 
 
 def all_claims(results: Results) -> list[Claim]:

@@ -2,16 +2,13 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from common.files import whole_file
 from shapes.experiments.plan import CORE, SEED, SHORT, VARIANTS, Config, Run, World, short
 from shapes.experiments.results import Results, interval, score
 from shapes.experiments.runs import judged_steps, record_path
-
-matplotlib.use("Agg")
-from matplotlib.figure import Figure  # noqa: E402  (the backend first)
 
 COLOURS = {"plain": "#c0392b", "safeguarded": "#2471a3", "winners only": "#7d3c98"}
 GREATEST = 0.06  # of the map's colours, from the base's score
@@ -88,7 +85,7 @@ def ranking(results: Results, configs: list[Config], path: Path) -> None:
     figure = Figure(figsize=(8, 0.34 * len(configs) + 1), layout="constrained")
     axes = figure.subplots()
     for place, config in enumerate(reversed(configs)):
-        gains = list(results.gain(config, results.best(config, SHORT)).values())
+        gains = results.gains(config, results.best(config, SHORT))
         value = interval(gains)
         half = 0 if np.isnan(value.low) else value.mean - value.low
         axes.errorbar(value.mean, place, xerr=half, fmt="o", color=COLOURS[config.variant], capsize=3)
@@ -104,7 +101,8 @@ def ranking(results: Results, configs: list[Config], path: Path) -> None:
 def drawings(results: Results, world: World, path: Path, shown: int = 12) -> None:
     """The last drawings of each rate, plain above safeguarded: the same captions from the same noise, seed SEED."""
     configs, rates = core_of(results, world)
-    figure = Figure(figsize=(0.72 * min(shown, results.settings.captions) + 2.2, 0.82 * len(rates) * len(configs)), layout="constrained")
+    size = 0.72 * min(shown, results.settings.captions) + 2.2, 0.82 * len(rates) * len(configs)
+    figure = Figure(figsize=size, layout="constrained")
     lines = figure.subplots(len(rates) * len(configs), 1, squeeze=False)[:, 0]
     for axes, (rate, config) in zip(lines, ((rate, config) for rate in rates for config in configs)):
         points = results.points(config, rate, SEED)
@@ -112,8 +110,8 @@ def drawings(results: Results, world: World, path: Path, shown: int = 12) -> Non
         last = images[images.files[-1]][:shown]
         axes.imshow(np.concatenate(last, axis=1), interpolation="nearest")
         axes.set_xticks([]), axes.set_yticks([])
-        axes.set_ylabel(f"{config.variant}\nrate {short(rate)}\n{score(list(points.values())[-1]):.3f}", rotation=0, ha="right", va="center",
-                        fontsize=8, color=COLOURS[config.variant])
+        axes.set_ylabel(f"{config.variant}\nrate {short(rate)}\n{score(list(points.values())[-1]):.3f}", rotation=0,
+                        ha="right", va="center", fontsize=8, color=COLOURS[config.variant])
         for side in axes.spines.values():
             side.set_color(COLOURS[config.variant]), side.set_linewidth(2)
     save(figure, path)

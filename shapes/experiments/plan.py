@@ -24,7 +24,8 @@ MU = 0.9
 LIKELY = 3e-5  # the rate to begin with
 
 SAFEGUARD = {"use_winner_preserving": True, "winner_preserving_mu": MU}
-WINNER_WEIGHT = {"sd15": 1250.0, "sd3": 25.0}  # a quarter of Diffusion-DPO's beta: at the start the winner is pulled twice as hard
+# A quarter of Diffusion-DPO's beta: at the start the winner is pulled twice as hard.
+WINNER_WEIGHT = {"sd15": 1250.0, "sd3": 25.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "safeguarded": SAFEGUARD,
@@ -42,7 +43,8 @@ OBJECTIVES = ("dmpo", "dspo", "mapo", "poly-dpo", "linear-dpo", "ipo", "dpop", "
 class Settings:
     title = "the experiment"
 
-    output: str = option("output/claims", "folder for the runs and the report")
+    output: str | None = option(None, "folder for the runs and the report",
+                                default_text="output/claims, claims_smoke or claims_full")
     smoke: bool = option(False, "tiny budgets: does everything run?")
     full: bool = option(False, "every part, longer runs, more captions: hours")
     parts: list[str] = option([], f"of {', '.join(PARTS)}; by default all but methods")
@@ -59,6 +61,7 @@ class Settings:
     workers: int = option(2, "runs at a time, one thread each", at_least=1)
 
     def __post_init__(self):
+        self.output = self.output or "output/claims" + ("_smoke" if self.smoke else "_full" if self.full else "")
         if self.smoke:
             self.rates, self.seeds, self.steps, self.batch_size = [1e-4], 1, 10, 2
             self.pairs, self.captions, self.inference_steps, self.instrument_steps, self.timing_rounds = 24, 2, 2, 2, 2
@@ -144,7 +147,8 @@ def stages(part: str, settings: Settings) -> list[Stage]:
     """A part's stages; what each runs follows from what those before it found."""
     if part == "frontier":
         chosen = configs(WORLD, ["diffusion-dpo"], CORE)
-        return [lambda best: grid(chosen, settings.rates, [SEED]), lambda best: grid(chosen, settings.middle, settings.further)]
+        return [lambda best: grid(chosen, settings.rates, [SEED]),
+                lambda best: grid(chosen, settings.middle, settings.further)]
     if part == "variants":
         others = [name for name in VARIANTS if name not in CORE]
         return grid_then_best(configs(WORLD, ["diffusion-dpo"], others), settings.middle, settings)
@@ -155,7 +159,8 @@ def stages(part: str, settings: Settings) -> list[Stage]:
         return grid_then_best(configs(WORLD, ["dmpo", "dspo"], variants), settings.middle, settings)
     if part in WORLDS:
         chosen = configs(WORLDS[part], ["diffusion-dpo"], CORE)
-        return [lambda best: grid(chosen, settings.middle, [SEED]), lambda best: grid(chosen, settings.middle, settings.further)]
+        return [lambda best: grid(chosen, settings.middle, [SEED]),
+                lambda best: grid(chosen, settings.middle, settings.further)]
     return []
 
 

@@ -1,12 +1,12 @@
 """claims.md: what was run, the claims, the frontier, the objectives' ranking; its pictures lie beside it."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
 from common.files import read_json, write_text
+from shapes.experiment import table
 from shapes.experiments import pictures
 from shapes.experiments.claims import OVERHEAD_TOLERANCE, SCORE_TOLERANCE, WINNER_TOLERANCE, all_claims
 from shapes.experiments.instruments import LAMBDAS, RATE, instrument_path
@@ -27,22 +27,18 @@ def write_report(settings: Settings) -> None:
     print(f"wrote {output / 'claims.md'}")
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
 def introduction(results: Results) -> str:
     settings = results.settings
-    base = next(filter(None, (results.base(world) for world in ALL_WORLDS if world.base == WORLD.base)), None)  # in all the same
-    drawn = f"; the SD1.5-shaped base scores {score(base):.3f}" if base else ""
+    bases = [results.base(world) for world in ALL_WORLDS if world.base == WORLD.base]  # the same, where it is there
+    drawn = next((f"; the SD1.5-shaped base scores {score(base):.3f}" for base in bases if base), "")
     minutes = read_json(Path(settings.output, "minutes.json")) or 0.0
-    reports = (f"{settings.steps} steps of {settings.batch_size} pairs from {settings.pairs}, a constant rate after a warm-up, AdamW. "
-               f"{settings.captions} captions that no base was trained on, {settings.inference_steps} sampling steps, one noise for "
-               f"all runs{drawn}. Seed {SEED} chooses each configuration's rate and step; "
-               f"brackets are 95% t-intervals over {settings.seeds} further seeds at that choice, conditional on these captions. A run "
-               f"that falls {COLLAPSED} below the base ends there, and its last drawings stand for the rest. {minutes:.0f} minutes "
-               f"with {settings.workers} worker(s).")
+    reports = (
+        f"{settings.steps} steps of {settings.batch_size} pairs from {settings.pairs}, a constant rate after a warm-up, "
+        f"AdamW. {settings.captions} captions that no base was trained on, {settings.inference_steps} sampling steps, one "
+        f"noise for all runs{drawn}. Seed {SEED} chooses each configuration's rate and step; brackets are 95% t-intervals "
+        f"over {settings.seeds} further seeds at that choice, conditional on these captions. A run that falls {COLLAPSED} "
+        "below the base ends there, and its last drawings stand for the rest. "
+        f"{minutes:.0f} minutes with {settings.workers} worker(s).")
     status = []
     for part, what in PARTS.items():
         wanted = [run for stage in stages(part, settings) for run in stage(results.best_rate)]
@@ -62,16 +58,19 @@ def claims_section(results: Results) -> str:
     claims = all_claims(results)
     worlds = [world for world in ALL_WORLDS if any(claim.world == world for claim in claims)]
     found = {(claim.text, claim.world): f"{claim.verdict}, {claim.shown}" for claim in claims}
-    rows = [[text, *(found.get((text, world), "-") for world in worlds)] for text in dict.fromkeys(claim.text for claim in claims)]
+    rows = [[text, *(found.get((text, world), "-") for world in worlds)]
+            for text in dict.fromkeys(claim.text for claim in claims)]
     reasons = [[claim.text, label(claim.world), claim.verdict, claim.reason] for claim in claims]
-    return (f"## Claims\n\nOf Diffusion-DPO; \"it\" is the safeguard at mu 0.9. Winner's errors in % of the reference's, averaged over the "
-            f"training batches since the judgement before; a rise below {WINNER_TOLERANCE:g}% is none. Scores are the oracle's, in [0, 1]; "
-            f"a difference below {SCORE_TOLERANCE} does not matter. \"At least as good\" is confirmed where the interval lies above "
-            f"-{SCORE_TOLERANCE}; \"better\" where it lies above 0, and refuted where it lies below {SCORE_TOLERANCE}. Plain comes to harm where "
-            f"the run's end is below the base and below its own best; the rate is the lowest at which seed {SEED}'s was below the base. "
-            f"Room is the ratio of the largest rates whose whole run ends better than the base, interpolated in log(rate). Overhead: below "
-            f"{OVERHEAD_TOLERANCE:.0%}.\n\n" + table(["claim", *map(label, worlds)], rows)
-            + "\n\n" + table(["claim", "world", "verdict", "reason"], reasons))
+    explained = (
+        "Of Diffusion-DPO; \"it\" is the safeguard at mu 0.9. Winner's errors in % of the reference's, averaged over the "
+        f"training batches since the judgement before; a rise below {WINNER_TOLERANCE:g}% is none. Scores are the oracle's, "
+        f"in [0, 1]; a difference below {SCORE_TOLERANCE} does not matter. \"At least as good\" is confirmed where the "
+        f"interval lies above -{SCORE_TOLERANCE}; \"better\" where it lies above 0, and refuted where it lies below "
+        f"{SCORE_TOLERANCE}. Plain comes to harm where the run's end is below the base and below its own best; the rate is "
+        f"the lowest at which seed {SEED}'s was below the base. Room is the ratio of the largest rates whose whole run ends "
+        f"better than the base, interpolated in log(rate). Overhead: below {OVERHEAD_TOLERANCE:.0%}.")
+    return "\n\n".join(["## Claims", explained, table(["claim", *map(label, worlds)], rows),
+                        table(["claim", "world", "verdict", "reason"], reasons)])
 
 
 def best_row(results: Results, config: Config, share: float = 1.0) -> list[str] | None:
@@ -96,14 +95,15 @@ def best_row(results: Results, config: Config, share: float = 1.0) -> list[str] 
     one_seed = f" (seed {SEED} alone)" if list(by_seed) == [SEED] else ""
     wins = over(lambda point: float(np.mean(np.greater(point["scores"], base["scores"]))))
     seconds = results.points(config, cell.rate, SEED)[cell.step]["seconds"]
-    edge = "" if len(rates := results.rates(config, share=share)) < 3 or cell.rate not in (rates[0], rates[-1]) else " (edge)"
+    rates = results.rates(config, share=share)
+    edge = " (edge)" if len(rates) >= 3 and cell.rate in (rates[0], rates[-1]) else ""
     return [f"{short(cell.rate)}{edge}", str(cell.step), f"{seconds:.0f}", f"{np.mean(over(score)):.3f}",
             interval(gains).show() + one_seed, f"{np.mean(wins):.0%}", percent("winner"), percent("loser"),
             mean("lambda", ".2f"), mean("cleanliness", ".3f"), mean("colour", ".2f")]
 
 
-BEST_HEADER = ["rate", "step", "s to it", "oracle", "against the base", "wins", "winner's error, %", "loser's error, %", "lambda",
-               "cleanliness", "colour"]
+BEST_HEADER = ["rate", "step", "s to it", "oracle", "against the base", "wins", "winner's error, %", "loser's error, %",
+               "lambda", "cleanliness", "colour"]
 
 
 def frontier_section(results: Results, world: World) -> str:
@@ -123,13 +123,16 @@ def frontier_section(results: Results, world: World) -> str:
         cells = [score(point) > score(results.base(world)) for rate in results.rates(config)
                  for point in results.points(config, rate, SEED).values()]
         room = results.room(config, plain) if config != plain else None
-        rooms.append([config.variant, ", ".join(f"{short(float(f'{found[0]:.2g}'))}{'+' * found[1]}" for found in largest if found),
-                      room[0].show(".1f") + " or more" * room[1] if room else "-", f"{np.mean(cells):.0%}"])
+        rates = ", ".join(f"{short(float(f'{found[0]:.2g}'))}{'+' * found[1]}" for found in largest if found)
+        ratio = room[0].show(".1f") + " or more" * room[1] if room else "-"
+        rooms.append([config.variant, rates, ratio, f"{np.mean(cells):.0%}"])
     return "\n\n".join([
-        f"## The frontier: {label(world)} pairs", "Each variant of Diffusion-DPO at its best; (edge): at an end of the grid.",
+        f"## The frontier: {label(world)} pairs",
+        "Each variant of Diffusion-DPO at its best; (edge): at an end of the grid.",
         table(["variant", *BEST_HEADER], [[config.variant, *best_row(results, config)] for config in configs]), *lines,
-        f"In the map, seed {SEED}'s scores against the base in hundredths. The room: largest good rate by seed, from 0 on (+: it may lie beyond the rates run); its ratio to plain's over the further seeds; "
-        f"the share of (rate, step) cells better than the base, seed {SEED}.",
+        f"In the map, seed {SEED}'s scores against the base in hundredths. The room: largest good rate by seed, from 0 on "
+        "(+: it may lie beyond the rates run); its ratio to plain's over the further seeds; the share of (rate, step) cells "
+        f"better than the base, seed {SEED}.",
         table(["variant", "largest good rate", "times plain's", "better than the base"], rooms)])
 
 
@@ -140,7 +143,8 @@ def objectives_section(results: Results) -> str:
         return ""
     pictures.ranking(results, ranked, Path(results.settings.output, "images", "objectives_ranking.png"))
     return "\n\n".join([
-        "## Objectives", f"Each at its own best of the rates {', '.join(map(short, results.settings.lower))} and the steps up to "
+        "## Objectives",
+        f"Each at its own best of the rates {', '.join(map(short, results.settings.lower))} and the steps up to "
         f"{round(SHORT * results.settings.steps)}; published beta and settings, mu 0.9.",
         table(["objective", "variant", *BEST_HEADER],
               [[config.method, config.variant, *best_row(results, config, SHORT)] for config in ranked]),
@@ -151,8 +155,8 @@ def ranking(results: Results) -> list[Config]:
     """Best first."""
     configs = [Config(WORLD, method, variant) for method in ("diffusion-dpo", *OBJECTIVES) for variant in CORE]
     configs.append(WINNERS_ONLY)
-    gains = {config: list(results.gain(config, results.best(config, SHORT)).values()) for config in configs if results.best(config, SHORT)}
-    return sorted(gains, key=lambda config: -np.mean(gains[config]))
+    gains = {config: np.mean(results.gains(config, best)) for config in configs if (best := results.best(config, SHORT))}
+    return sorted(gains, key=gains.__getitem__, reverse=True)
 
 
 def lambda_section(settings: Settings) -> str:
@@ -161,9 +165,11 @@ def lambda_section(settings: Settings) -> str:
         if record := read_json(instrument_path(kind, settings)):
             rises = np.array(record["rises"])
             share = stats.binomtest(int((rises > 0).sum()), len(rises)).proportion_ci(method="wilson")
-            rows.append([kind, f"{np.mean(record['lambda']):.2f}", f"{np.mean(rises > 0):.2f} [{share.low:.2f}, {share.high:.2f}]",
-                         f"{rises.mean():+.1e}", f"{1000 * np.median(record['seconds']):.0f}"])
+            rows.append([kind, f"{np.mean(record['lambda']):.2f}",
+                         f"{np.mean(rises > 0):.2f} [{share.low:.2f}, {share.high:.2f}]", f"{rises.mean():+.1e}",
+                         f"{1000 * np.median(record['seconds']):.0f}"])
     return "\n\n".join([
-        "## What a step does to its own winners", f"Diffusion-DPO at rate {short(RATE)}: the share of {settings.instrument_steps} steps after which "
-        "the batch's own winner error, same noise and timesteps, had risen (Wilson's interval over steps).",
+        "## What a step does to its own winners",
+        f"Diffusion-DPO at rate {short(RATE)}: the share of {settings.instrument_steps} steps after which the batch's own "
+        "winner error, same noise and timesteps, had risen (Wilson's interval over steps).",
         table(["lambda from", "mean lambda", "steps that raised it", "mean change", "ms a step"], rows)]) if rows else ""

@@ -81,8 +81,9 @@ class Results:
         best = self.best(config, share)
         return best and best.rate
 
-    def over_seeds(self, config: Config, cell: Cell | None, value: Callable[[Point], float | None] = score) -> dict[int, float]:
-        """`value` of each further seed's judgement at a cell; of SEED's where none was run, {} where the objective has none."""
+    def over_seeds(self, config: Config, cell: Cell | None,
+                   value: Callable[[Point], float | None] = score) -> dict[int, float]:
+        """`value` of each further seed's judgement at a cell; of SEED's where none was run, {} of an objective without it."""
         for seeds in (self.settings.further, [SEED]) if cell else ():
             points = {seed: self.points(config, cell.rate, seed).get(cell.step) for seed in seeds}
             found = {seed: value(point) for seed, point in points.items() if point}
@@ -94,15 +95,15 @@ class Results:
         """Score above the base's, by seed."""
         return {seed: value - score(self.base(config.world)) for seed, value in self.over_seeds(config, cell).items()}
 
+    def gains(self, config: Config, cell: Cell | None) -> list[float]:
+        return list(self.gain(config, cell).values())
+
     def difference(self, one: Config, other: Config) -> Interval:
         """Of their scores, each at its best, over the further seeds that both have; of SEED where they have none."""
-        for seeds in (self.settings.further, [SEED]):
-            found = []
-            for seed in seeds:
-                points = [self.points(config, best.rate, seed).get(best.step) for config in (one, other) if (best := self.best(config))]
-                if len(points) == 2 and all(points):
-                    found.append(score(points[0]) - score(points[1]))
-            if found:
+        cells = [(config, best) for config in (one, other) if (best := self.best(config))]
+        for seeds in (self.settings.further, [SEED]) if len(cells) == 2 else ():
+            points = [[self.points(config, best.rate, seed).get(best.step) for config, best in cells] for seed in seeds]
+            if found := [score(first) - score(second) for first, second in points if first and second]:
                 return interval(found)
         return interval([])
 
@@ -128,7 +129,8 @@ class Results:
 
     def room(self, config: Config, against: Config) -> tuple[Interval, bool] | None:
         """Ratio of the largest good rates over the further seeds, and whether any of them met the grid's end."""
-        pairs = [(self.largest_good_rate(config, seed), self.largest_good_rate(against, seed)) for seed in self.settings.further]
+        pairs = [(self.largest_good_rate(config, seed), self.largest_good_rate(against, seed))
+                 for seed in self.settings.further]
         pairs = [(one, other) for one, other in pairs if one and other]
         if not pairs:
             return None

@@ -9,12 +9,9 @@ import numpy as np
 from torch import nn
 
 from common.train_options import TrainOptions
-from data.cache import CacheOptions, cache
-from shapes.drawing import caption
-from shapes.experiment import draw_with, reset_accelerate, run_options
+from shapes.experiment import cache_pairs, draw_and_judge, run_options
 from shapes.experiments.plan import Settings, World
-from shapes.mixture import RESOLUTION, sample_drawing
-from shapes.oracle import judge
+from shapes.mixture import RESOLUTION, sample_captions
 from shapes.pairs import write_pairs
 from shapes.pipeline import base_pipeline, open_base
 from shapes.preferences import write_preferences
@@ -22,7 +19,6 @@ from shapes.preferences import write_preferences
 DRAWN_SHARE = {"on-policy": 1.0, "mixed": 0.5}  # of the pairs, by the base itself
 PARTS_OF_SCORE = ("shape", "colour", "background", "position", "cleanliness")
 NOISE_SEED = 10_000_000  # of the first caption's drawing
-
 
 opened = lru_cache(maxsize=1)(open_base)
 
@@ -45,21 +41,17 @@ def make_world(world: World, settings: Settings) -> dict:
     else:
         pairs = write_preferences(folder / "pairs", settings.pairs, 1, settings.inference_steps,
                                   drawn_share=DRAWN_SHARE[world.pairs])
-    reset_accelerate()
-    cache(options_on(world, settings, train_data_dir=pairs), CacheOptions())
+    cache_pairs(options_on(world, settings, train_data_dir=pairs))
     return judged(world, settings)[0]
 
 
 def captions(settings: Settings) -> list[str]:
     """Of drawings that no base was trained on."""
-    rng = random.Random("judged")
-    return [caption(sample_drawing(rng, unseen=True)) for _ in range(settings.captions)]
+    return sample_captions(random.Random("judged"), settings.captions, unseen=True)
 
 
 def judged(world: World, settings: Settings, network: nn.Module | None = None) -> tuple[dict[str, Any], np.ndarray]:
     """What the oracle says of the captions as drawn by the network (None: the base's), from fixed noise; and the images."""
-    prompts, pipeline = captions(settings), opened(world.base)
-    images = draw_with(network, pipeline, prompts, NOISE_SEED, settings.inference_steps)
-    judgements = [judge(image, prompt) for image, prompt in zip(images, prompts)]
+    images, judgements = draw_and_judge(network, opened(world.base), captions(settings), NOISE_SEED, settings.inference_steps)
     record = {name: float(np.mean([getattr(judgement, name) for judgement in judgements])) for name in PARTS_OF_SCORE}
-    return record | {"scores": [judgement.score for judgement in judgements]}, np.stack([np.asarray(image) for image in images])
+    return record | {"scores": [judgement.score for judgement in judgements]}, images

@@ -9,7 +9,7 @@ import torch
 
 from shapes.drawing import caption, random_drawing, render, wrong_colour
 from shapes.pipeline import clip_tokenizer
-from shapes.spo_options import Settings
+from shapes.spo_comparison import Settings
 from shapes.spo_runs import OFFLINE, ONLINE, OracleModel, Run, late_score, report
 from models.tokens import tokenize
 
@@ -27,7 +27,7 @@ def test_the_oracle_as_a_judge_reads_the_prompts_back_from_their_tokens():
 
 
 def test_late_score_is_the_mean_of_the_second_half():
-    assert late_score({"curve": [[0, 0, 0.9], [1, 1, 0.1], [2, 2, 0.2], [3, 3, 0.4]]}) == pytest.approx(0.3)
+    assert late_score([0.9, 0.1, 0.2, 0.4]) == pytest.approx(0.3)
 
 
 def test_report_holds_every_method_and_when_it_reached_diffusion_dpo(tmp_path):
