@@ -90,15 +90,15 @@ def as_on_a_gpu():
         yield
 
 
-def halve(unet: nn.Module) -> nn.Module:
-    """What make_reference and LoRA do to a UNet's weights, for tensors without content."""
-    unet.requires_grad_(False)
-    for module in unet.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+def halve(network: nn.Module, kinds: tuple[type, ...] = (nn.Conv2d, nn.Linear)) -> nn.Module:
+    """What make_reference and LoRA do to a UNet's weights, for tensors without content; kinds: of which modules."""
+    network.requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, kinds):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 half = torch.empty_like(parameter, dtype=torch.bfloat16)
                 setattr(module, name, nn.Parameter(half, requires_grad=False))
-    return unet
+    return network
 
 
 def recompute(unet: nn.Module, family: Family, memory: MemoryOptions) -> None:
@@ -172,11 +172,8 @@ def count_encoders(model: str, images: int) -> tuple[float, float]:
     """GiB of the weights of VAE and text encoders in bf16, and of what encoding the images adds at its highest."""
     side = RESOLUTIONS[model]
     with FakeTensorMode():
-        vae = AutoencoderKL.from_config(VAES[model])
+        vae = halve(AutoencoderKL.from_config(VAES[model]), (nn.Module,))
         texts = [kind(CLIPTextConfig(**config)) for kind, config in TEXT_ENCODERS[model]]
-        for module in vae.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=torch.bfloat16), requires_grad=False))
         pixels = torch.empty(min(images, StableDiffusion15.vae_at_once), 3, side, side, dtype=torch.bfloat16)
         with LiveBytes([pixels, *vae.parameters()]) as bytes_, torch.no_grad():
             vae.encode(pixels)

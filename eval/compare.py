@@ -25,7 +25,7 @@ from eval.options import CompareOptions, ScoringOptions, check_compare_options
 from eval.report import write_report
 from eval.score import report_failures, table
 from eval.scores import ScoredImage
-from eval.statistics import RESAMPLES, count_wins, holm, sign_test, win_rate_interval
+from eval.statistics import RESAMPLES, count_wins, holm, outcome
 
 EXTREMES = 10  # biggest wins and losses named for each metric
 
@@ -62,16 +62,14 @@ def compare_metric(metric: str, pairs: list[tuple[str, ScoredImage, ScoredImage]
          "winner": label_a if sign > 0 else label_b if sign < 0 else "tie"}
         for index, ((prompt, image_a, image_b), sign) in enumerate(zip(pairs, winners))
     ]
-    counts = {"total_pairs": len(pairs), **count_wins(winners, ties_policy == "half")}
-    pair_file = {"model_a": label_a, "model_b": label_b, **counts, "mean_score_a": float(scores_a.mean()),
+    pair_file = {"model_a": label_a, "model_b": label_b, "total_pairs": len(pairs),
+                 **count_wins(winners, ties_policy == "half"), "mean_score_a": float(scores_a.mean()),
                  "mean_score_b": float(scores_b.mean()), "ties_policy": ties_policy, "results": results}
-    interval = win_rate_interval(winners, prompts, ties_policy == "half")
     by_margin = sorted(results, key=lambda result: result["score_b"] - result["score_a"])
     named = [{"pair_index": result["pair_index"], "prompt": result["prompt"],
               "margin": result["score_a"] - result["score_b"]} for result in by_margin]
-    row = {"metric": metric, "mean_a": float(scores_a.mean()), "mean_b": float(scores_b.mean()), **counts,
-           "win_rate_ci95": list(interval) if interval else None,
-           "sign_test_p": sign_test(winners, prompts),
+    row = {"metric": metric, "mean_a": float(scores_a.mean()), "mean_b": float(scores_b.mean()),
+           "total_pairs": len(pairs), **outcome(winners, prompts, ties_policy == "half"),
            "biggest_wins_a": [result for result in named[:EXTREMES] if result["margin"] > 0],
            "biggest_wins_b": [result for result in named[:-EXTREMES - 1:-1] if result["margin"] < 0]}
     return pair_file, row
@@ -116,23 +114,23 @@ def new_folder(outdir: str, label_a: str, label_b: str) -> Path:
             return folder
         except FileExistsError:
             continue
-    raise UserError(f"{outdir} holds too many comparisons of this second")
+    raise UserError(f"{outdir} holds too many comparisons of this second: start again")
 
 
 def summary_lines(summary: dict) -> list[str]:
     """The table that the program prints."""
+    def cells(row: dict, p: float | None) -> tuple[str, ...]:
+        interval = "{:.2%} to {:.2%}".format(*row["win_rate_ci95"]) if row["win_rate_ci95"] else "-"
+        return (f"{row['win_rate_a_over_b']:.2%}", interval, str(row["wins_a"]), str(row["wins_b"]), str(row["ties"]),
+                "-" if p is None else f"{p:.2g}")
+
     label_a, label_b = summary["pair"]["model_a"], summary["pair"]["model_b"]
     rows = [("Metric", f"mean {label_a}", f"mean {label_b}", f"{label_a} wins", "95% interval", "wins", "losses", "ties",
              "p (Holm)")]
-    for row in summary["metrics"]:
-        interval = "{:.2%} to {:.2%}".format(*row["win_rate_ci95"]) if row["win_rate_ci95"] else "-"
-        p = row["sign_test_p_holm"]
-        rows.append((row["label"], f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}", f"{row['win_rate_a_over_b']:.2%}", interval,
-                     str(row["wins_a"]), str(row["wins_b"]), str(row["ties"]), "-" if p is None else f"{p:.2g}"))
+    rows += [(row["label"], f"{row['mean_a']:.4f}", f"{row['mean_b']:.4f}", *cells(row, row["sign_test_p_holm"]))
+             for row in summary["metrics"]]
     if human := summary.get("human"):
-        interval = "{:.2%} to {:.2%}".format(*human["win_rate_ci95"]) if human["win_rate_ci95"] else "-"
-        rows.append(("Human", "-", "-", f"{human['win_rate_a_over_b']:.2%}", interval, str(human["wins_a"]), str(human["wins_b"]),
-                     str(human["ties"]), f"{human['sign_test_p']:.2g}"))
+        rows.append(("Human", "-", "-", *cells(human, human["sign_test_p"])))
     averages, over = summary["averages"], "no metric is trained: these numbers say nothing of the models"
     if averages:
         over = (f"win rate of {label_a} over {label_b}: macro {averages['macro_win_rate_a_over_b']:.2%}, "
@@ -162,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     paired = [(prompt, scored_a.images[a], scored_b.images[b]) for prompt, a, b in indices]
     pairs = [pair for pair in paired if not pair[1].fault and not pair[2].fault]
     if not pairs:
-        raise UserError("no pair has both its images")
+        raise UserError("no pair has both its images: generate the missing ones again")
     pairing = {"by": options.pair_by, "pairs": len(pairs), "left_out_for_missing_images": len(paired) - len(pairs),
                "images_without_partner_a": len(entries_a) - len(indices),
                "images_without_partner_b": len(entries_b) - len(indices)}

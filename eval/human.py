@@ -8,7 +8,7 @@ import numpy as np
 from common.errors import UserError
 from common.votes import CHOICES, MIRRORED, Ballot, gather
 from eval.scores import ScoredImage
-from eval.statistics import count_wins, sign_test, win_rate_interval
+from eval.statistics import outcome, win_rate_interval
 
 Pairs = list[tuple[str, ScoredImage, ScoredImage]]
 
@@ -61,8 +61,8 @@ def metric_agrees(metric: str, values: list[dict[str, float]], pairs: Pairs) -> 
         prompts += [prompt] * len(agree)
     if not signs:
         return None
-    interval = win_rate_interval(np.array(signs), prompts)
-    return {"votes": len(signs), "share": float(np.mean(np.array(signs) > 0)), "ci95": list(interval) if interval else None}
+    agreed = np.array(signs)
+    return {"votes": len(signs), "share": float(np.mean(agreed > 0)), "ci95": win_rate_interval(agreed, prompts)}
 
 
 def human_row(ballots: list[Ballot], pairs: Pairs, metrics: list[str], count_ties: bool) -> dict:
@@ -72,13 +72,11 @@ def human_row(ballots: list[Ballot], pairs: Pairs, metrics: list[str], count_tie
     values = [{judge: CHOICES[choice] for judge, choice in choices.items()} for choices in chosen]
     votes = np.array([value for of_pair in values for value in of_pair.values()])
     prompts = [prompt for (prompt, _, _), of_pair in zip(pairs, values) for _ in of_pair]
-    interval = win_rate_interval(votes, prompts, count_ties)
     repeated = [pair for ballot in ballots for pair in ballot.repeated()]
     return {
         "judges": len({judge for of_pair in values for judge in of_pair}), "pairs_judged": sum(map(bool, values)),
         "total_votes": len(votes), "both_bad": sum(choice == "bad" for choices in chosen for choice in choices.values()),
-        **count_wins(votes, count_ties), "win_rate_ci95": list(interval) if interval else None,
-        "sign_test_p": sign_test(votes, prompts),
+        **outcome(votes, prompts, count_ties),
         "judges_agree": judges_agree(values),
         "metrics_agree": {metric: metric_agrees(metric, values, pairs) for metric in metrics},
         "repeated": {"pairs": len(repeated), "alike": sum(first == second for first, second in repeated)},

@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         if count:
             print(f"{count} of {len(pairs)} pairs {why}: left out", file=sys.stderr)
     if not kept:
-        raise UserError("no pair is left to judge")
+        raise UserError("no pair is left to judge: give manifests or a folder with other images")
 
     from common.votes import plan_digest
     from eval.pages import write_page

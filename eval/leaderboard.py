@@ -130,7 +130,7 @@ def group_means(rows: list[Row], models: list[str], metrics: list[str]) -> dict:
             return None
         scores = np.array([row.images[model].scores[metric] for row in mine])
         interval = mean_interval(scores, [row.prompt for row in mine])
-        return {"mean": float(scores.mean()), "ci95": list(interval) if interval else None, "images": len(mine)}
+        return {"mean": float(scores.mean()), "ci95": interval, "images": len(mine)}
 
     return {group: {metric: [mean(group, metric, model) for model in models] for metric in metrics}
             for group in dict.fromkeys(row.group for row in rows)}

@@ -15,18 +15,18 @@ def read_manifest(path: str | os.PathLike) -> list[dict]:
     except FileNotFoundError:
         raise UserError(f"no manifest at {path}: eval.generate writes one") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON manifest: {error}") from None
+        raise UserError(f"{path} is no JSON manifest ({error}): name one that eval.generate wrote") from None
     if not isinstance(entries, list):
-        raise UserError(f"{path} is no manifest: it must be a JSON list of entries")
+        raise UserError(f"{path} is no manifest: it must be a JSON list of entries, as eval.generate writes it")
     if not entries:
-        raise UserError(f"the manifest {path} lists no image")
+        raise UserError(f"the manifest {path} lists no image: generate its images again")
     for number, entry in enumerate(entries, start=1):
         faults = [key for key in ("prompt", "gen_image_path")
                   if not isinstance(entry, dict) or not isinstance(entry.get(key), str)]
         if faults:
-            raise UserError(f"{path}: entry {number} has no {' and no '.join(faults)}")
+            raise UserError(f"{path}: entry {number} has no {' and no '.join(faults)}, as text")
         if not is_text(entry["prompt"]) or not is_path(entry["gen_image_path"]):
-            raise UserError(f"{path}: entry {number} has a prompt or path with characters that no file can hold")
+            raise UserError(f"{path}: entry {number} has a prompt or path with characters that no file can hold: mend it there")
     return entries
 
 

@@ -88,7 +88,7 @@ def check_generate_options(options: GenerateOptions) -> None:
 
 @dataclass
 class ScoringOptions:
-    """How images are scored; shared by eval.score and eval.compare."""
+    """How images are scored; shared by eval.score, eval.compare and eval.leaderboard."""
 
     title = "scoring"
 

@@ -20,7 +20,7 @@ from common.options import option, parse
 from eval.manifest import image_path, read_manifest
 from eval.metrics import METRICS, canonical_name, read_config
 from eval.pair_rules import Found, find_pairs, histogram
-from eval.scores import read_scores
+from eval.scores import read_scores, scores_beside
 
 RECORD = "pairs.json"
 ROWS_PER_FILE = 512
@@ -76,8 +76,8 @@ def read_candidates(options: PairOptions) -> dict[str, list[Candidate]]:
     models = options.models or [Path(manifest).absolute().parent.name for manifest in options.manifests]
     candidates = defaultdict(list)
     for manifest, model in zip(options.manifests, models):
-        entries, scores_path = read_manifest(manifest), Path(manifest).with_name(f"{Path(manifest).stem}_scores.json")
-        _, scores = read_scores(scores_path, {})
+        entries = read_manifest(manifest)
+        _, scores = read_scores(scores_beside(manifest), {})
         again = f"python -m eval.score --manifests {manifest} --metrics {' '.join(options.metrics)}"
         if not scores:
             raise UserError(f"{manifest} has no scores: {again}")
@@ -140,8 +140,7 @@ def write_pairs(candidates: dict[str, list[Candidate]], chosen: dict[str, list[F
             rows = [row_of(prompt, candidates[prompt], pair, options.metrics)
                     for prompt, pair in places[start:start + ROWS_PER_FILE]]
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), aside / f"train-{number:05}.parquet")
-        versions = {manifest: (read_json(Path(manifest).with_name(f"{Path(manifest).stem}_scores.json")) or {}).get("metrics")
-                    for manifest in options.manifests}
+        versions = {manifest: (read_json(scores_beside(manifest)) or {}).get("metrics") for manifest in options.manifests}
         write_json(aside / RECORD, {**vars(options), "pairs": len(places), "prompts": len(candidates),
                                     "prompts_with_a_pair": sum(map(bool, chosen.values())), "scores": versions})
     except BaseException:

@@ -4,6 +4,7 @@ Imports no torch.
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class ScoredManifest:
 
     @property
     def scores_path(self) -> Path:
-        return self.path.with_name(f"{self.path.stem}_scores.json")
+        return scores_beside(self.path)
 
     def mean(self, metric: str) -> float | None:
         """Mean over the images that could be read; None when the metric failed on any."""
@@ -59,6 +60,11 @@ class ScoredManifest:
         content = {"manifest": self.path.name, "metrics": metrics, "images": images}
         if before != content:
             write_json(self.scores_path, content)
+
+
+def scores_beside(manifest: str | os.PathLike) -> Path:
+    """Where a manifest's scores are kept."""
+    return Path(manifest).with_name(f"{Path(manifest).stem}_scores.json")
 
 
 def label_of(name: str, scores: dict | None) -> str:

@@ -55,7 +55,8 @@ def score_manifests(paths: list[str | Path], options: ScoringOptions) -> tuple[l
     report_faults(images, refuse=not options.skip_missing)
     for manifest in manifests:
         if all(image.fault for image in manifest.images):
-            raise UserError(f"none of the {len(manifest.images)} images of {manifest.path} can be read")
+            raise UserError(f"none of the {len(manifest.images)} images of {manifest.path} can be read: generate "
+                            "them again")
 
     for name in sides:
         todo = [image for image in images if not image.fault and name not in image.scores]
@@ -155,6 +156,6 @@ def report_faults(images: list[ScoredImage], refuse: bool) -> None:
         print(f"  and {len(faulty) - LISTED_FAULTS} more", file=sys.stderr)
     found = f"{len(faulty)} of {len(images)} images are missing or unreadable"
     if refuse:
-        raise UserError(f"{found} (listed above): delete what is there of them and generate again, or leave them out with "
-                        "--skip_missing")
+        raise UserError(f"{found} (listed above): delete the unreadable ones and generate again, or leave them all out "
+                        "with --skip_missing")
     print(f"{found}: left out", file=sys.stderr)

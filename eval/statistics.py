@@ -60,6 +60,12 @@ def sign_test(winners: np.ndarray, prompts: list[str]) -> float:
     return float(binomtest(wins, decided, 0.5).pvalue) if decided else 1.0
 
 
+def outcome(winners: np.ndarray, prompts: list[str], count_ties: bool) -> dict:
+    """What a summary says of +1, -1 and 0: count_wins, the win rate's interval and the sign test's p."""
+    return {**count_wins(winners, count_ties), "win_rate_ci95": win_rate_interval(winners, prompts, count_ties),
+            "sign_test_p": sign_test(winners, prompts)}
+
+
 def holm(p_values: list[float]) -> list[float]:
     """Holm's step-down correction (Holm 1979): adjusted p, in the order given."""
     adjusted, largest = [0.0] * len(p_values), 0.0

@@ -24,14 +24,11 @@ def read_group(name_or_path: str | os.PathLike) -> list[str]:
     not, and when it is missing or empty.
     """
     path = group_path(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
+    if not path.exists() or path.is_dir():
         built = ", ".join(file.stem for file in sorted(PROMPTS.glob("*.json")))
         advice = f": `python -m prompts.build {path.stem}` makes a published one; here are {built}"
-        raise UserError(f"no prompt group at {path}{advice if path.parent == PROMPTS else ''}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+        raise UserError(f"no prompt group at {path}{advice if path.parent == PROMPTS else ''}")
+    text = read_text(path)
     if path.suffix == ".txt":
         lines = [line.strip() for line in text.split("\n")]
         prompts = [line for line in lines if line and not line.startswith("#")]
@@ -39,6 +36,17 @@ def read_group(name_or_path: str | os.PathLike) -> list[str]:
             raise UserError(f"{path} lists no prompt")
         return prompts
     return parse_group(text, str(path))
+
+
+def read_text(path: Path) -> str:
+    """A text file's content. Raises UserError, with the line of the fault, where it is missing or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text") from None
 
 
 def prompts_of(values: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from huggingface_hub import HfFileSystem, hf_hub_download
 from common.errors import UserError, first_line, run_program, warn
 from common.files import make_room, write_json
 from common.options import option, parse
-from prompts import PROMPTS, parse_group
+from prompts import PROMPTS, parse_group, read_text
 
 PUBLISHED_SIZES = {"papv2": 487, "hpsv2": 3200, "partiprompts": 1632}
 PICK_A_PIC = "datasets/yuvalkirstain/pickapic_v2/data"
@@ -104,16 +104,6 @@ def parse_tsv(text: str, source: str) -> list[str]:
 
 def read_text_group(path: Path) -> list[str]:
     return parse_group(read_text(path), str(path))
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text") from None
 
 
 def build(group: str, source: str | None, output: Path) -> list[str]:

@@ -41,11 +41,12 @@ def prepare(output: Path, num_pairs: int) -> None:
 def drawings(output: Path, model: str) -> tuple[list[str], list[Path], dict[str, float]]:
     """A model's prompts, images and mean scores. Raises UserError where they are not there."""
     from eval.manifest import image_path, read_manifest
+    from eval.scores import scores_beside
 
     manifests = [path for path in (output / "eval" / model).glob("*.json") if not path.stem.endswith("_scores")]
     try:
         [manifest] = manifests
-        scores = json.loads(manifest.with_name(f"{manifest.stem}_scores.json").read_text())["metrics"]
+        scores = json.loads(scores_beside(manifest).read_text())["metrics"]
         means = {part: scores[part]["mean"] for part in PARTS}
     except (ValueError, OSError, KeyError):
         raise UserError(f"{output / 'eval' / model} holds no scored images: bash scripts/quickstart.sh makes them") from None
@@ -66,14 +67,14 @@ def run_row(run: Path) -> list[str]:
 
 def summarise(output: Path) -> None:
     """Print the table of the models, and draw them side by side on the same prompts from the same noise."""
+    from eval.score import table
+
     rows, images = [["model", "pairs ranked right", "winner's error", "loser's error", *PARTS]], {}
     for model in MODELS:
         prompts, images[model], means = drawings(output, model)
         trained = ["-"] * 3 if model == "base" else run_row(output / model)
         rows.append([model, *trained, *(f"{means[part]:.3f}" for part in PARTS)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
-        print("| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |")
+    print(*table(rows), sep="\n")
     print(f"(of the training pairs: means over the last {LAST_STEPS} steps, errors against the reference's; of the "
           f"{len(prompts)} drawings: means of the oracle's score and of its parts)")
     sheet(images, output / "samples.png")

@@ -16,6 +16,7 @@ from models.weights import from_hub, load_strictly, read_state_dict
 
 MAX_TOKENS = 35
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # the published normalisation of the reward
+PUBLISHED = "take the one of THUDM/ImageReward"
 HEAD_WIDTH = 64  # every ViT of BLIP has attention heads of this width
 UNUSED = re.compile(r"blip\.(vision_proj|text_proj)\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")
 
@@ -55,7 +56,7 @@ def split_state(state: dict[str, torch.Tensor], source: Path) -> tuple[dict, dic
             strange.append(key)
     if strange or not (vision and text and head):
         named = f"unknown keys {', '.join(strange[:3])}" if strange else "parts are missing"
-        raise UserError(f"{source} is no ImageReward checkpoint ({named})")
+        raise UserError(f"{source} is no ImageReward checkpoint ({named}): {PUBLISHED}")
     return vision, text, head
 
 
@@ -67,7 +68,7 @@ def vision_config(vision: dict[str, torch.Tensor], source: Path) -> BlipVisionCo
         patches = vision["embeddings.position_embedding"].shape[1] - 1
         mlp_width = vision["encoder.layers.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
-        raise UserError(f"{source} is no ImageReward checkpoint (the image encoder lacks {error})") from None
+        raise UserError(f"{source} is no ImageReward checkpoint (the image encoder lacks {error}): {PUBLISHED}") from None
     layers = 1 + max(int(key.split(".")[2]) for key in vision if key.startswith("encoder.layers."))
     return BlipVisionConfig(
         hidden_size=width, intermediate_size=mlp_width, num_hidden_layers=layers,
@@ -88,7 +89,7 @@ def text_config(path: Path) -> BlipTextConfig:
             is_decoder=True,  # transformers' word for "has cross-attention"
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no ImageReward med_config.json ({error!r})") from None
+        raise UserError(f"{path} is no ImageReward med_config.json ({error!r}): {PUBLISHED}") from None
 
 
 class ImageReward(Metric):
