@@ -9,7 +9,6 @@ loop in training/fit.py.
 
 import shlex
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
@@ -82,9 +81,9 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
 
 
 def own_base(options: TrainOptions, family: "Family") -> str:
-    """What the evaluation has to be told of a base that is not the published one."""
-    base, side = options.model.pretrained_model_name_or_path, options.data.resolution
-    words = f" --pretrained_model_name_or_path {shlex.quote(base)}" if Path(base).exists() else ""
+    """What the evaluation has to be told of the base, which may be another than the published one."""
+    side = options.data.resolution
+    words = f" --pretrained_model_name_or_path {shlex.quote(options.model.pretrained_model_name_or_path)}"
     return words + (f" --height {side} --width {side}" if side != family.resolution else "")
 
 

@@ -93,6 +93,11 @@ def damaged(path: Path, reason: str) -> UserError:
     return UserError(f"{path} is damaged ({reason}): cache again, into an empty folder")
 
 
+def incomplete(path: Path, why: str = "", delete: str = "it") -> UserError:
+    """Of a file that data.cache makes again where it is missing."""
+    return UserError(f"{path} is missing or damaged{why}: delete {delete} and run data.cache again, it makes what is missing")
+
+
 def read_settings(folder: Path, missing: str) -> dict:
     settings = read_json(folder / SETTINGS, missing)
     if not isinstance(settings, dict):
@@ -108,8 +113,7 @@ def _open_shard(path: str, process: int):
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged ({first_line(error)}): delete it and run data.cache "
-                        "again, it makes what is missing") from None
+        raise incomplete(Path(path), f" ({first_line(error)})") from None
 
 
 class CachedDataset:
@@ -132,12 +136,10 @@ class CachedDataset:
             raise damaged(self.folder / MANIFEST, "not what was written")
         for name, size in shards.items():
             if not (self.folder / name).is_file() or (self.folder / name).stat().st_size != size:
-                raise UserError(f"{self.folder / name} is missing or damaged: delete it and run data.cache again, "
-                                "it makes what is missing")
+                raise incomplete(self.folder / name)
         for name, known in files.items():
             if not (self.folder / name).is_file() or digest(self.folder / name) != known:
-                raise UserError(f"{self.folder / name} is missing or damaged: delete {MANIFEST} beside it and run "
-                                "data.cache again, it makes what is missing")
+                raise incomplete(self.folder / name, delete=f"{MANIFEST} beside it")
         prompts = read_json(self.folder / PROMPTS, f"{self.folder / PROMPTS} is missing: cache again")
         self.prompt_numbers = {prompt: number for number, prompt in enumerate(prompts)}
 
@@ -146,8 +148,7 @@ class CachedDataset:
         try:
             return datasets.load_from_disk(str(self.folder / ROWS))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / ROWS} is missing or damaged ({first_line(error, 150)}): delete "
-                            f"{MANIFEST} beside it and run data.cache again") from None
+            raise incomplete(self.folder / ROWS, f" ({first_line(error, 150)})", f"{MANIFEST} beside it") from None
 
     def check_images(self, row: int, columns: list[str]) -> None:
         """Raises BadPair where decoding these columns would."""
@@ -176,7 +177,7 @@ class CachedDataset:
 
 def _checked(entry: Tensor, known: Tensor, path: Path) -> Tensor:
     if check_sum(entry) != int(known):
-        raise UserError(f"{path} is damaged: delete it and run data.cache again, it makes what is missing")
+        raise incomplete(path)
     return entry
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from common.files import whole_file
 from common.progress import progress_bar
 from common.train_options import DataOptions
 from data.bad_pairs import BadPair, decode_images, read_caption, read_row
@@ -42,9 +43,8 @@ def ai_feedback_labels(table: datasets.Dataset, data: DataOptions, output_dir: P
         for start in progress_bar(own, desc=f"{data.choice_model} labels", unit_scale=ROWS_A_FILE, unit="pair",
                                   disable=not accelerator.is_local_main_process):
             scores = score_rows(table, range(start, min(start + ROWS_A_FILE, len(table))), columns, scorer)
-            aside = folder / f".{start}.partial.npy"
-            np.save(aside, scores)
-            aside.rename(score_file(folder, start))
+            with whole_file(score_file(folder, start)) as aside, open(aside, "wb") as file:
+                np.save(file, scores)
         del scorer
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()

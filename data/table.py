@@ -19,36 +19,10 @@ from data.layouts import find_layout
 def load_table(data: DataOptions, cache_dir: str | None = None) -> datasets.Dataset:
     """The split named by the options, images still encoded. Raises UserError when it cannot be loaded."""
     source = data.source
-    path = Path(source)
-    if path.exists() and glob.escape(source) != source:
+    if Path(source).exists() and glob.escape(source) != source:
         raise UserError(f"the path {source} holds one of * ? [, which datasets reads as a pattern: rename it")
     try:
-        if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            table = datasets.load_from_disk(source)
-            if isinstance(table, datasets.DatasetDict):
-                table = table[data.split]
-            else:
-                check_only_split(data)
-        elif path.is_dir() and has_pair_folders(path):
-            check_only_split(data)
-            table = read_pair_folders(path)
-        elif path.is_dir() and (listing := listing_in(path)):
-            check_only_split(data)
-            table = read_listing(listing)
-        elif path.is_file() and path.suffix.lower() in LISTINGS:
-            check_only_split(data)
-            table = read_listing(path)
-        elif path.is_file():
-            check_only_split(data)
-            table = datasets.load_dataset("parquet", data_files={data.split: source}, split=data.split,
-                                          cache_dir=cache_dir)
-        elif data.train_data_dir and not path.is_dir():
-            raise UserError(f"--train_data_dir {source}: no such folder or file")
-        elif data.dataset_shards:
-            from data.shards import load_first_shards
-            table = load_first_shards(data, cache_dir)
-        else:
-            table = datasets.load_dataset(source, data.dataset_config_name, split=data.split, cache_dir=cache_dir)
+        table = _read(Path(source), data, cache_dir)
     except UserError:
         raise
     except KeyError:
@@ -62,9 +36,30 @@ def load_table(data: DataOptions, cache_dir: str | None = None) -> datasets.Data
     return table
 
 
-def check_only_split(data: DataOptions) -> None:
+def _read(path: Path, data: DataOptions, cache_dir: str | None) -> datasets.Dataset:
+    """What lies at `path`; where nothing does, the hub's dataset of that name."""
+    if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        table = datasets.load_from_disk(str(path))
+        if isinstance(table, datasets.DatasetDict):
+            return table[data.split]
+    elif path.is_dir() and has_pair_folders(path):
+        table = read_pair_folders(path)
+    elif path.is_dir() and (listing := listing_in(path)):
+        table = read_listing(listing)
+    elif path.is_file() and path.suffix.lower() in LISTINGS:
+        table = read_listing(path)
+    elif path.is_file():
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=cache_dir)
+    elif data.train_data_dir and not path.is_dir():
+        raise UserError(f"--train_data_dir {path}: no such folder or file")
+    elif data.dataset_shards:
+        from data.shards import load_first_shards
+        return load_first_shards(data, cache_dir)
+    else:
+        return datasets.load_dataset(data.source, data.dataset_config_name, split=data.split, cache_dir=cache_dir)
     if data.split != "train":
-        raise UserError(f"{data.source} holds one table without splits: drop --split {data.split}")
+        raise UserError(f"{path} holds one table without splits: drop --split {data.split}")
+    return table
 
 
 def column_values(table: datasets.Dataset, name: str) -> np.ndarray:

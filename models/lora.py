@@ -18,7 +18,8 @@ from models.weights import unsharded
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 OTHER_BASE = "Is it a checkpoint of another base model?"
-FACTS = ("base", "unet_init", "family", "rank", "alpha", "run", "base_weights")  # what a run adds to its adapter's metadata
+FACTS = ("base", "unet_init", "family", "rank", "alpha", "run")  # what a run adds to its adapter's metadata, besides:
+BASE_WEIGHTS = "base_weights"
 SAMPLED_WEIGHTS = 32
 ROUNDING = 2.0**-8  # twice what rounding to bf16 changes of a weight
 SMALLEST = 1e-7  # what fp16 cannot hold
@@ -68,7 +69,7 @@ def adapter_metadata(source: str | os.PathLike) -> dict | None:
 def read_facts(source: str | os.PathLike) -> dict[str, str]:
     """What the run that trained an adapter wrote of it (FACTS) besides the base's weights; {} for others' adapters."""
     metadata = read_metadata(source)
-    return {name: metadata[name] for name in FACTS[:-1] if name in metadata} if FACTS[-1] in metadata else {}
+    return {name: metadata[name] for name in FACTS if name in metadata} if BASE_WEIGHTS in metadata else {}
 
 
 def facts_of(family: Family, network: torch.nn.Module, options: ModelOptions, run: dict) -> dict[str, str]:
@@ -76,7 +77,7 @@ def facts_of(family: Family, network: torch.nn.Module, options: ModelOptions, ru
     config = network.peft_config["default"]
     return {"base": options.pretrained_model_name_or_path, "unet_init": options.unet_init or "", "family": family.name,
             "rank": str(config.r), "alpha": f"{config.lora_alpha:g}", "run": json.dumps(run),
-            "base_weights": json.dumps(sample_weights(network))}
+            BASE_WEIGHTS: json.dumps(sample_weights(network))}
 
 
 def sample_weights(network: torch.nn.Module) -> dict[str, float]:
@@ -113,7 +114,7 @@ def check_base(family: Family, network: torch.nn.Module, source: str | os.PathLi
         raise UserError(f"the LoRA weights {source} are of a {facts['family']} base, and {family.label} is none: name the base "
                         f"that they were trained on ({facts.get('base')})")
     try:
-        told = json.loads(read_metadata(source)[FACTS[-1]])
+        told = json.loads(read_metadata(source)[BASE_WEIGHTS])
     except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict):

@@ -79,17 +79,17 @@ def load_network(family: Family, source: str | os.PathLike | None = None, dtype:
     options = family.options
     if path is not None and quantization is not None:
         raise _not_quantized(source)
-    state = None if path is None else read_state_dict(lora_file(path) or path)
+    state = None if path is None else read_state_dict(path)
     merged = state is not None and is_lora(state)
     first = torch.float32 if merged else dtype
     if merged and init is None:
-        told = read_facts(lora_file(path) or path).get("unet_init")
+        told = read_facts(path).get("unet_init")
         init = told if told and Path(told).exists() else None  # merge_lora says so where it is missed
     network = load_network(family, init, first, (*inside, Path(source))) if init else from_hub(
         family.network, options.pretrained_model_name_or_path, f"the {family.backbone}", subfolder=family.backbone,
         revision=options.revision, cache_dir=options.cache_dir, torch_dtype=first, quantization_config=quantization)
     if merged:
-        merge_lora(family, network, state, lora_file(path) or path)
+        merge_lora(family, network, state, path)
     elif state is not None:
         load_strictly(network, state, path, OTHER_BASE)
     return network if first == dtype else network.to(dtype)

@@ -10,10 +10,10 @@ from peft import LoraConfig
 from torch import nn
 
 from common.errors import UserError, first_line, warn
+from common.train_options import MemoryOptions, TrainOptions
 from models.family import Family
 from models.networks import load_network
 from models.quantize import is_quantized, quantization_config
-from common.train_options import MemoryOptions, TrainOptions
 from models.speed import check_compiler, compile_blocks, recompute_cheap
 
 
@@ -176,8 +176,9 @@ def make_reference(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def keep_on_host(module: nn.Module, device: torch.device) -> None:
     """Leave a frozen module's weights on the host, in pinned memory, for on_device to fetch."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.pin_memory() if device.type == "cuda" else parameter.data
+    if device.type == "cuda":
+        for parameter in module.parameters():
+            parameter.data = parameter.data.pin_memory()
 
 
 @contextmanager

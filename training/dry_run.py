@@ -33,6 +33,8 @@ def dry_run(task: Task, run: Run, family: Family) -> None:
     options.optimizer.gradient_accumulation_steps = measured = min(asked, MOST_ACCUMULATED)
 
     def watch(step: int, network: torch.nn.Module, scalars: dict[str, float]) -> None:
+        if step < len(ends):
+            return  # SPO sampled a round without a pair to learn from
         ends.append(time.perf_counter())
         peak[0] = scalars.get("peak_memory_gb", 0.0)
         if step == STEPS:
@@ -97,7 +99,8 @@ def optimizer_bytes(run: Run) -> int:
 
 
 def checkpoint_bytes(task: Task, run: Run) -> int:
-    return optimizer_bytes(run) + sum(4 * parameter.numel() for parameter in trained_parameters(task))
+    copies = 1 if run.options.objective.reference_ema is None else 2  # the reference is kept too, where it moves
+    return optimizer_bytes(run) + copies * sum(4 * parameter.numel() for parameter in trained_parameters(task))
 
 
 def trained_parameters(task: Task) -> list:

@@ -252,8 +252,8 @@ def flip_bits(path):
     ("settings.json", lambda path: path.write_text("[" * 100_000), "settings.json is damaged"),
     ("prompts.json", lambda path: path.write_text(json.dumps(json.loads(path.read_text())[::-1])), "prompts.json is missing or dam"),
     ("rows/state.json", lambda path: path.write_text("{}"), "state.json is missing or damaged"),
-    ("pairs-00000.safetensors", flip_bits, "pairs-00000.safetensors is damaged: delete it"),
-    ("prompts-00000.safetensors", flip_bits, "prompts-00000.safetensors is damaged: delete it")])
+    ("pairs-00000.safetensors", flip_bits, "pairs-00000.safetensors is missing or damaged: delete it"),
+    ("prompts-00000.safetensors", flip_bits, "prompts-00000.safetensors is missing or damaged: delete it")])
 def test_damage_is_told_in_one_line(tiny_sd15, pairs_dir, sd15_cache, tmp_path, name, damage, said):
     shutil.copytree(sd15_cache, tmp_path / "cache")
     damage(tmp_path / "cache" / name)
@@ -268,7 +268,7 @@ def test_damage_is_told_in_one_line(tiny_sd15, pairs_dir, sd15_cache, tmp_path, 
 def test_damage_that_a_worker_meets_ends_a_run_in_one_line(train_run, tiny_sd15, pairs_dir, sd15_cache, tmp_path):
     shutil.copytree(sd15_cache, tmp_path / "cache")
     flip_bits(tmp_path / "cache" / "pairs-00000.safetensors")
-    with pytest.raises(UserError, match="pairs-00000.safetensors is damaged: delete it"):
+    with pytest.raises(UserError, match="pairs-00000.safetensors is missing or damaged: delete it"):
         train_run([*common(tiny_sd15, pairs_dir), "--cached_dataset", tmp_path / "cache", "--train_batch_size", 24])
 
 

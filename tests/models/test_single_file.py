@@ -1,5 +1,8 @@
 """A single checkpoint file as a base: told by its keys, turned into a folder once, refused in one line."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,7 @@ from eval.generation import settings_record, settle_defaults
 from eval.options import GenerateOptions
 from models.family import open_family
 from models.sampling import SamplingSettings
-from models.single_file import SD15_KEY, SDXL_KEY, pipeline_class
+from models.single_file import SD15_KEY, SDXL_KEY, as_folder, pipeline_class
 
 
 def checkpoint(path, *keys):
@@ -46,6 +49,21 @@ def test_it_becomes_a_folder_once(tmp_path, tiny_sd15, monkeypatch):
     settle_defaults(made, family, torch.device("cpu"))
     record = settings_record(made, family, SamplingSettings(64, 64, 3, 7.5, "official", "euler", torch.float32), torch.device("cpu"))
     assert record["pretrained_model_name_or_path"] == str(path) and record["base_identity"] == f"sha256:{fingerprint(path)}"
+
+
+def test_of_several_processes_one_makes_the_folder(tmp_path, tiny_sd15, monkeypatch):
+    opened = []
+
+    def from_single_file(path, **parts):
+        opened.append(path)
+        time.sleep(0.3)
+        return StableDiffusionPipeline.from_pretrained(tiny_sd15)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", from_single_file)
+    path = checkpoint(tmp_path / "dreamy.safetensors", SD15_KEY)
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda _: as_folder(path, tmp_path / "cache"), range(2))
+    assert first == second and len(opened) == 1 and (first / "model_index.json").is_file()
 
 
 @pytest.mark.slow
