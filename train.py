@@ -30,8 +30,8 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
     """Train as the options say, and leave the result in their output_dir; a library call.
 
     watch(step, network, scalars) is called before the first step and after each. make_task: for experiments, what makes
-    another task than the options name. Raises UserError for what the user can put right. Nothing heavy is imported before the
-    options are known to be good and the base to be there.
+    another task than the options name. Raises UserError for what the user can put right. Nothing heavy is imported before
+    the options are known to be good and the base to be there.
     """
     start = time.monotonic()
     options.run.validation_prompts = prompts_of(options.run.validation_prompts)

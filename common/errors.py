@@ -13,8 +13,8 @@ from typing import Callable, NoReturn
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: the cause, then the remedy; what it quotes of a file, such as
-    a line break or a terminal's control character, is shown escaped."""
+    """Something the user can put right. The message is one line: the cause, then the remedy; what it quotes of a file, such
+    as a line break or a terminal's control character, is shown escaped."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))

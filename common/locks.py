@@ -11,11 +11,11 @@ _held: dict[Path, object] = {}  # folder -> open file: closing it gives the lock
 
 
 def hold(folder: str | os.PathLike, flag: str = "--output_dir") -> None:
-    """Hold `folder` until release(folder) or this process's end; a folder that cannot be written is left alone. Raises UserError
-    where another process holds it.
+    """Hold `folder` until release(folder) or this process's end; a folder that cannot be written is left alone. Raises
+    UserError where another process holds it.
 
-    The lock is POSIX's (lockf), which data workers do not inherit, since they may outlive a killed run by seconds; flock, and
-    the filelock package with it, would keep the folder from the run that continues it.
+    The lock is POSIX's (lockf), which data workers do not inherit, since they may outlive a killed run by seconds; flock,
+    and the filelock package with it, would keep the folder from the run that continues it.
     """
     path = Path(folder).resolve()
     if path in _held:

@@ -56,8 +56,8 @@ def check_options(options: TrainOptions) -> None:
         raise UserError("--fixed_lambda and --use_winner_preserving contradict each other: drop one")
     if objective.safeguards_parameters:
         if objective.train_method in ("mapo", "ipo", "kto"):
-            raise UserError(f"--winner_preserving_space parameter does not go with {objective.train_method}, which may pull at the "
-                            "winner the wrong way: leave it at output")
+            raise UserError(f"--winner_preserving_space parameter does not go with {objective.train_method}, which may pull "
+                            "at the winner the wrong way: leave it at output")
         if objective.winner_preserving_granularity == "sample":
             raise UserError("--winner_preserving_space parameter has one lambda a micro-batch: a pair's own would take a "
                             "backward pass each; drop --winner_preserving_granularity sample")
@@ -80,7 +80,8 @@ def check_run_options(options: TrainOptions) -> None:
     check_tracker(run.report_to)
     if data.resolution is not None and data.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}")
-    for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("unet_init", model.unet_init),
+    for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path),
+                         ("unet_init", model.unet_init),
                          ("pretrained_vae_model_name_or_path", model.pretrained_vae_model_name_or_path),
                          ("train_data_dir", data.train_data_dir)):
         if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(run.output_dir):

@@ -97,8 +97,8 @@ class DataOptions:
     metrics_config: str | None = option(None, "model ids and paths of --choice_model (default configs/metrics.yaml)",
                                         free=True, needs="choice_model", methods=OFFLINE)
     dreamlike_pairs_only: bool = option(False, "only pairs whose two generators are Dreamlike models", methods=OFFLINE)
-    dataloader_num_workers: int = option(0, "processes that decode images, a device; one a core at most", at_least=0, free=True,
-                                         methods=OFFLINE)
+    dataloader_num_workers: int = option(0, "processes that decode images, a device; one a core at most", at_least=0,
+                                         free=True, methods=OFFLINE)
     cached_dataset: str | None = option(None, "a folder made by data.cache with the same flags: its encoded images "
                                         "and prompts replace VAE and text encoders", free=True, methods=OFFLINE)
     noise_offset: float = option(0.0, "scale of a per-channel offset added to the noise", at_least=0, methods=OFFLINE)
@@ -142,8 +142,8 @@ class ObjectiveOptions:
                                      methods=("kto",))
     winner_error_weight: float = option(0.0, "adds this much of the winners' own error to an objective of pairs", at_least=0,
                                         methods=PAIRWISE)
-    reference_ema: float | None = option(None, "the reference follows the policy as a float32 moving average of this decay; by "
-                                               "default it is fixed", above=0, below=1, methods=WITH_BETA)
+    reference_ema: float | None = option(None, "the reference follows the policy as a float32 moving average of this decay; "
+                                               "by default it is fixed", above=0, below=1, methods=WITH_BETA)
     use_winner_preserving: bool = option(False, "the SDPO safeguard: scale the loser's gradient by lambda", methods=PAIRWISE)
     winner_preserving_mu: float | None = option(
         None, "the safeguard's strength; larger is more conservative", at_least=0, at_most=1, methods=PAIRWISE,
@@ -154,8 +154,8 @@ class ObjectiveOptions:
     winner_preserving_space: Literal["output", "parameter"] = option(
         "output", "lambda from gradients of predictions (published), or of parameters (a second backward pass)",
         methods=PAIRWISE, needs="use_winner_preserving")
-    fixed_lambda: float | None = option(None, "scale the loser's gradient by this number instead of the safeguard's lambda: a "
-                                        "control for experiments", at_least=0, at_most=1, methods=PAIRWISE)
+    fixed_lambda: float | None = option(None, "scale the loser's gradient by this number instead of the safeguard's lambda: "
+                                        "a control for experiments", at_least=0, at_most=1, methods=PAIRWISE)
 
     @property
     def needs_reference(self) -> bool:
@@ -174,8 +174,12 @@ class ObjectiveOptions:
                      if getattr(self, name) not in (None, False, 0.0)), None)
 
     @property
+    def safeguarded(self) -> bool:
+        return self.use_winner_preserving and self.train_method in PAIRWISE
+
+    @property
     def safeguards_parameters(self) -> bool:
-        return self.use_winner_preserving and not self.winners_only and self.winner_preserving_space == "parameter"
+        return self.safeguarded and self.winner_preserving_space == "parameter"
 
 
 @dataclass

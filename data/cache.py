@@ -5,7 +5,7 @@
 takes train.py's own flags, so that what is cached is what that command would train on. All rows of the split are
 cached, decided or not: which of them are used, and who wins, is settled when training, from the same columns.
 
-    DIR/settings.json                models (by digest or hub commit), data, resolution, transform; a cache made otherwise is refused
+    DIR/settings.json                models (by digest or hub commit), data, resolution, transform; other runs are refused
     DIR/rows/                        the table without its images
     DIR/prompts.json                 the distinct prompts, the empty one first
     DIR/prompts-NNNNN.safetensors    what the family makes of a prompt: embeddings (n, L, D), ...
@@ -27,8 +27,8 @@ class CacheOptions:
 
     pairs_per_shard: int = option(1024, "pairs per file (SD1.5: 0.27 MB a pair, SDXL: 1 MB)", at_least=1)
     encode_batch_size: int | None = option(
-        None, "pairs, or prompts, that a device encodes at a time; of SD1.5 and SDXL another one than the training's changes "
-        "last bits", at_least=1, default_text="--train_batch_size")
+        None, "pairs, or prompts, that a device encodes at a time; of SD1.5 and SDXL another one than the training's "
+        "changes last bits", at_least=1, default_text="--train_batch_size")
 
 
 def cache(options: TrainOptions, own: CacheOptions) -> None:

@@ -29,8 +29,8 @@ def has_pair_folders(folder: Path) -> bool:
 
 
 def read_pair_folders(folder: Path) -> datasets.Dataset:
-    """w/STEM.png and l/STEM.jpg (or chosen/, rejected/), the caption in a STEM.txt of either, or beside the two folders: rows
-    of caption, chosen, rejected by stem. Raises UserError, e.g. for stems without a partner or a caption."""
+    """w/STEM.png and l/STEM.jpg (or chosen/, rejected/), the caption in a STEM.txt of either, or beside the two folders:
+    rows of caption, chosen, rejected by stem. Raises UserError, e.g. for stems without a partner or a caption."""
     pair = next(pair for pair in FOLDERS if all((folder / name).is_dir() for name in pair))
     winners, losers = (_images_by_stem(folder / name) for name in pair)
     for name, here, there in ((pair[0], winners, losers), (pair[1], losers, winners)):

@@ -57,8 +57,8 @@ def score_file(folder: Path, start: int) -> Path:
 
 
 def score_rows(table: datasets.Dataset, rows: range, columns: list[str], scorer) -> np.ndarray:
-    """Scores (rows, 2) of both images under their caption; NaN where the row cannot be used as a pair. columns: of the caption
-    and of the two images."""
+    """Scores (rows, 2) of both images under their caption; NaN where the row cannot be used as a pair. columns: of the
+    caption and of the two images."""
     scores = np.full((len(rows), 2), np.nan)
     for first in range(0, len(rows), BATCH):
         batch = rows[first:first + BATCH]

@@ -75,8 +75,8 @@ def find_layout(names: list[str], data: DataOptions, method: str | None = None, 
                         "--winner_column and --loser_column, and --label_column where not the first always wins")
     alone = f"; {method} also takes single images ({data.image_column}{' and label' * (method == 'kto')})" * (
         method in ("sft", "kto"))
-    raise UserError(f"{source} is in no known layout of preference pairs, {has}. Known: caption or prompt, with jpg_0, jpg_1 "
-                    "and label_0, or chosen and rejected, or image_0 and image_1 with a label or two scores"
+    raise UserError(f"{source} is in no known layout of preference pairs, {has}. Known: caption or prompt, with jpg_0, "
+                    "jpg_1 and label_0, or chosen and rejected, or image_0 and image_1 with a label or two scores"
                     f"{alone}; or name its columns with --winner_column and --loser_column, and --label_column")
 
 
@@ -166,7 +166,7 @@ def _like(cells: tuple, layout: Layout) -> float:
 _ANSWERS = {"share": _share, "scores": _scores, "name": _name, "like": _like}
 _EXPECTED = {
     "share": "{0}'s share of the votes, in [0, 1]", "scores": "a score of {0} and one of {1}",
-    "name": "\"{0}\", \"{1}\" or \"tie\"; a number is taken for {0}'s share of the votes where --label_column names the column "
-            "(and for {1}'s with --winner_column {1} --loser_column {0})",
+    "name": "\"{0}\", \"{1}\" or \"tie\"; a number is taken for {0}'s share of the votes where --label_column names the "
+            "column (and for {1}'s with --winner_column {1} --loser_column {0})",
     "like": "true or false, 1 or 0",
 }

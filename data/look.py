@@ -147,8 +147,9 @@ def sizes(reports: list[PairReport], resolution: int, assumed: str = "") -> list
         return []
     smaller = int((short < resolution).sum())
     common = ", ".join(f"{w}x{h} ({n})" for (w, h), n in Counter(s for r in reports for s in r.sizes).most_common(3))
-    enlarged = (f"{smaller} of {len(short)} are enlarged for --resolution {resolution}{assumed}: details are made up" if smaller
-                else f"none is enlarged for --resolution {resolution}{assumed}")
+    enlarged = f"none is enlarged for --resolution {resolution}{assumed}"
+    if smaller:
+        enlarged = f"{smaller} of {len(short)} are enlarged for --resolution {resolution}{assumed}: details are made up"
     return [f"Images: short sides {short.min()} to {short.max()} pixels, median {int(np.median(short))}; most are {common}; "
             f"{enlarged}"]
 

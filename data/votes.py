@@ -57,8 +57,8 @@ def check_images(judged: list[Judged], skip: bool) -> list[Judged]:
         except BadImage as fault:
             faults.append(str(fault))
     if faults and not skip:
-        raise UserError(f"{len(faults)} of {len(judged)} pairs have an image that is gone or changed ({faults[0]}): bring it "
-                        "back, or leave these pairs out with --skip_missing")
+        raise UserError(f"{len(faults)} of {len(judged)} pairs have an image that is gone or changed ({faults[0]}): bring "
+                        "it back, or leave these pairs out with --skip_missing")
     if faults:
         print(f"{len(faults)} of {len(judged)} pairs have an image that is gone or changed: left out", file=sys.stderr)
     if not whole:

@@ -48,8 +48,8 @@ def preference_loss(model_pred: Tensor, ref_pred: Tensor | None, target: Tensor,
         return PreferenceLoss(loss, None, loss.new_ones(()), {"train_loss": loss.detach(),
                                                               "model_mse_unaccumulated": loss.detach()})
     if liked is not None and config.method == "kto":
-        return _single_images(denoising_errors(model_pred, target), denoising_errors(ref_pred.detach(), target), liked, config,
-                              kto_z)
+        return _single_images(denoising_errors(model_pred, target), denoising_errors(ref_pred.detach(), target), liked,
+                              config, kto_z)
     if len(target) % 2:
         raise ValueError(f"{config.method} needs winners and losers stacked: target {tuple(target.shape)}")
     if config.needs_reference and (ref_pred is None or ref_pred.shape != target.shape):

@@ -52,8 +52,8 @@ def start_accelerator(options: TrainOptions) -> Accelerator:
     if memory.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise UserError("this GPU has no bf16: use --mixed_precision fp16")
     if memory.quantize_base != "none" and sharded(accelerator):
-        raise UserError(f"--quantize_base {memory.quantize_base} is for one GPU or one copy a GPU (DDP), and its weights are not "
-                        "sharded: leave FSDP and DeepSpeed, or drop it")
+        raise UserError(f"--quantize_base {memory.quantize_base} is for one GPU or one copy a GPU (DDP), and its weights "
+                        "are not sharded: leave FSDP and DeepSpeed, or drop it")
     if memory.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator

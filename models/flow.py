@@ -46,8 +46,8 @@ class FlowFamily(PipelineParts):
             raise UserError(f"--max_sequence_length {self.sequence_length}: {self.label} reads {self.longest_sequence} at most")
         if self.is_distilled:
             self.steps, self.guidance = self.distilled_sampling
-            warn(f"{options.pretrained_model_name_or_path} is distilled to few steps without guidance, and preference training "
-                 f"undoes that: its images at few steps get worse. Train {self.label}'s undistilled base instead")
+            warn(f"{options.pretrained_model_name_or_path} is distilled to few steps without guidance, and preference "
+                 f"training undoes that: its images at few steps get worse. Train {self.label}'s undistilled base instead")
 
     @property
     def is_distilled(self) -> bool:

@@ -57,8 +57,9 @@ class Flux(FlowFamily):
         if self.config["guidance_embeds"]:
             value = self.options.embedded_guidance if guidance is None else guidance
             told = torch.full((len(x_t),), value, dtype=torch.float32, device=x_t.device)
+        text_ids = x_t.new_zeros(embeddings.shape[1], 3, dtype=torch.float32)
         velocity = network(hidden_states=pack(x_t), timestep=times / 1000, guidance=told, encoder_hidden_states=embeddings,
-                           pooled_projections=text["pooled"], txt_ids=x_t.new_zeros(embeddings.shape[1], 3, dtype=torch.float32),
+                           pooled_projections=text["pooled"], txt_ids=text_ids,
                            img_ids=position_ids(height // 2, width // 2, x_t.device), return_dict=False)[0]
         return unpack(velocity, height, width)
 

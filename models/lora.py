@@ -111,8 +111,8 @@ def check_base(family: Family, network: torch.nn.Module, source: str | os.PathLi
     if not facts:
         return
     if facts.get("family") not in (None, family.name):
-        raise UserError(f"the LoRA weights {source} are of a {facts['family']} base, and {family.label} is none: name the base "
-                        f"that they were trained on ({facts.get('base')})")
+        raise UserError(f"the LoRA weights {source} are of a {facts['family']} base, and {family.label} is none: name the "
+                        f"base that they were trained on ({facts.get('base')})")
     try:
         told = json.loads(read_metadata(source)[BASE_WEIGHTS])
     except (ValueError, RecursionError):

@@ -96,8 +96,8 @@ def load_network(family: Family, source: str | os.PathLike | None = None, dtype:
 
 
 def _not_quantized(source) -> UserError:
-    return UserError(f"--quantize_base takes a base or a diffusers folder, and {source} holds a state dict or LoRA weights: leave "
-                     "a pipeline of it first (--merge_lora), or drop --quantize_base")
+    return UserError(f"--quantize_base takes a base or a diffusers folder, and {source} holds a state dict or LoRA weights: "
+                     "leave a pipeline of it first (--merge_lora), or drop --quantize_base")
 
 
 def open_network(family: Family, name: str | os.PathLike, dtype: torch.dtype, quantization=None, **where) -> torch.nn.Module:

@@ -59,8 +59,8 @@ class PipelineParts:
         name = self.class_name(part)
         kind = getattr(transformers, name, None) if isinstance(name, str) else None
         if kind is None:
-            raise UserError(f"the model_index.json of {self.options.pretrained_model_name_or_path} names {name} for {part}, which "
-                            "the installed transformers does not know")
+            raise UserError(f"the model_index.json of {self.options.pretrained_model_name_or_path} names {name} for {part}, "
+                            "which the installed transformers does not know")
         return kind
 
     def read(self, kind: type, what: str, subfolder: str, **settings):

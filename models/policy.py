@@ -96,8 +96,8 @@ def load_policy(family: Family, memory: MemoryOptions, dtype: torch.dtype, devic
     if resolution is not None and not family.flow:  # those take any size
         native, side = network.config.sample_size, family.latent_shape(resolution, resolution)[-1]
         if isinstance(native, int) and side != native:
-            warn(f"--resolution {resolution} makes latents of {side} a side, and the base was made for {native}: it draws at "
-                 f"{resolution * native // side} pixels")
+            warn(f"--resolution {resolution} makes latents of {side} a side, and the base was made for {native}: it draws "
+                 f"at {resolution * native // side} pixels")
     return make_policy(family, network, memory, dtype, device, needs_reference)
 
 
@@ -147,8 +147,8 @@ def add_adapter(network: nn.Module, family: Family) -> None:
 
 
 def cast_compute_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convolution and linear weights to `dtype` (quantised ones were loaded so), everything else (norms) to float32, where it
-    is already as a rule.
+    """Convolution and linear weights to `dtype` (quantised ones were loaded so), everything else (norms) to float32, where
+    it is already as a rule.
 
     Under autocast to the same dtype this changes no output bit: autocast would round exactly these weights at each
     use, and runs norms in float32 from float32 weights.

@@ -30,8 +30,8 @@ def check_quantization(options: TrainOptions, family: Family) -> None:
         raise UserError(f"{flag} needs a GPU: on the CPU take int8")
     recomputes = memory.gradient_checkpointing or memory.selective_checkpointing or family.always_checkpoints
     if memory.quantize_base == "int8" and not recomputes:
-        warn(f"{flag} without --gradient_checkpointing keeps a {memory.mixed_precision} copy of every layer's weights until the "
-             "backward pass, and saves nothing then")
+        warn(f"{flag} without --gradient_checkpointing keeps a {memory.mixed_precision} copy of every layer's weights until "
+             "the backward pass, and saves nothing then")
 
 
 def quantization_config(kind: str, dtype: torch.dtype):

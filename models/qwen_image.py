@@ -90,9 +90,9 @@ class QwenImage(FlowFamily):
         lengths = parts.lengths(text["mask"])
         longest = max(lengths)
         mask = text["mask"][:, :longest] if min(lengths) < longest else None
-        velocity = network(hidden_states=pack(x_t), timestep=times / 1000, encoder_hidden_states=text["embeddings"][:, :longest],
-                           encoder_hidden_states_mask=mask, img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
-                           return_dict=False)[0]
+        velocity = network(hidden_states=pack(x_t), timestep=times / 1000,
+                           encoder_hidden_states=text["embeddings"][:, :longest], encoder_hidden_states_mask=mask,
+                           img_shapes=[[(1, height // 2, width // 2)]] * len(x_t), return_dict=False)[0]
         return unpack(velocity, height, width)
 
     def guide(self, unconditional: Tensor, conditional: Tensor, scale: float, official: bool) -> Tensor:

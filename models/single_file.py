@@ -36,8 +36,9 @@ def _unpack(path: Path, folder: Path) -> None:
     except UserError:
         raise
     except Exception as error:  # diffusers' readers raise many kinds
-        raise UserError(f"{path} cannot be opened as a checkpoint file ({first_line(error, 160)}): it holds weights alone, and its "
-                        "configs come from the hub on the first call; without a network give a diffusers folder") from None
+        raise UserError(f"{path} cannot be opened as a checkpoint file ({first_line(error, 160)}): it holds weights alone, "
+                        "and its configs come from the hub on the first call; without a network give a diffusers "
+                        "folder") from None
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
@@ -57,5 +58,5 @@ def pipeline_class(path: Path) -> type:
         return StableDiffusionXLPipeline
     if SD15_KEY in keys:
         return StableDiffusionPipeline
-    raise UserError(f"{path} is no checkpoint file of SD1.5 or SDXL with its text encoders (it has {len(keys)} tensors, such as "
-                    f"{min(keys, default='none')}): weights of the UNet alone go to --unet_init, beside a base")
+    raise UserError(f"{path} is no checkpoint file of SD1.5 or SDXL with its text encoders (it has {len(keys)} tensors, "
+                    f"such as {min(keys, default='none')}): weights of the UNet alone go to --unet_init, beside a base")

@@ -202,7 +202,7 @@ def ddim_scheduler(base_scheduler: SchedulerMixin, num_steps: int) -> DDIMSchedu
                         f"timesteps begin at {scheduler.config.steps_offset}: at most "
                         f"{trained - scheduler.config.steps_offset} fit, and the published setting is 20")
     if int(scheduler.timesteps.min()) == 0:
-        raise UserError("the base pipeline's timesteps end at 0 (steps_offset 0, or timestep_spacing linspace): SPO's last step "
-                        "would add no noise, and so have no probability; SD1.5's and SDXL's scheduler_config.json have "
+        raise UserError("the base pipeline's timesteps end at 0 (steps_offset 0, or timestep_spacing linspace): SPO's last "
+                        "step would add no noise, and so have no probability; SD1.5's and SDXL's scheduler_config.json have "
                         "steps_offset 1 and no linspace")
     return scheduler

@@ -17,8 +17,8 @@ class SPOOptions:
                                            "distinct captions of --dataset_name (the first --max_train_samples)", methods=SPO)
     spo_sample_batch_size: int = option(10, "SPO: prompts a device samples at once", at_least=1, methods=SPO)
     spo_num_steps: int = option(20, "SPO: denoising steps", at_least=1, at_most=1000, methods=SPO)
-    spo_eta: float | None = option(None, "SPO: the noise of a step, without which a pool's members are all equal: DDIM's eta, or "
-                                   "a of flow matching's SDE", above=0, at_most=1, default_text="1; flow matching 0.7",
+    spo_eta: float | None = option(None, "SPO: the noise of a step, without which a pool's members are all equal: DDIM's "
+                                   "eta, or a of flow matching's SDE", above=0, at_most=1, default_text="1; flow matching 0.7",
                                    methods=SPO)
     spo_guidance: float = option(5.0, "SPO: guidance scale of sampling and of training", above=0, methods=SPO)
     spo_divert_start_step: int = option(4, "SPO: first step that draws a pool of candidates", at_least=0, methods=SPO)

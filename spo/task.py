@@ -79,12 +79,12 @@ class SPOTask:
         """Refuse to go on from a checkpoint where that is not the run it belongs to. Raises UserError."""
         if record.get("prompts") != self.digest:
             raise UserError(f"the prompts of {self.spo.spo_prompts or self.run.options.data.source} are not those that the "
-                            "checkpoint was made with, or not in their order: go back to those, choose another --output_dir, "
-                            "or add --allow_changed_resume")
+                            "checkpoint was made with, or not in their order: go back to those, choose another "
+                            "--output_dir, or add --allow_changed_resume")
         if record.get("cut") and not 0 < self.max_steps <= step:
-            raise UserError(f"the run ended at step {step} in the middle of a round, and the round's other pairs are gone: name "
-                            "an earlier checkpoint with --resume_from_checkpoint, or add --allow_changed_resume to go on with "
-                            "the next round")
+            raise UserError(f"the run ended at step {step} in the middle of a round, and the round's other pairs are gone: "
+                            "name an earlier checkpoint with --resume_from_checkpoint, or add --allow_changed_resume to go "
+                            "on with the next round")
 
     # --- a step ----------------------------------------------------------------------------------------------------------
 
@@ -200,12 +200,11 @@ class SPOTask:
             "policy": self.policy.in_words(options),
             "reference": "policy without adapter" if self.policy.lora else "frozen copy",
             "precision": f"{options.memory.mixed_precision}, log-probabilities in float32",
-            "sampling": f"{spo.spo_num_steps} random steps, eta {self.sampler.eta:g}, guidance {spo.spo_guidance:g}; pools of "
-                        f"{spo.spo_k} from step {spo.spo_divert_start_step}{inner}, threshold {spo.spo_threshold:g}",
+            "sampling": f"{spo.spo_num_steps} random steps, eta {self.sampler.eta:g}, guidance {spo.spo_guidance:g}; pools "
+                        f"of {spo.spo_k} from step {spo.spo_divert_start_step}{inner}, threshold {spo.spo_threshold:g}",
             "judge": str(spo.spm_checkpoint or spo.spm_clip),
             "prompts": f"{prompts}, {per_round} per round, {math.ceil(prompts / per_round)} rounds per epoch",
-            "batch": f"{run.pairs_per_step} pairs per step = {world} device(s) x {optimizer.train_batch_size} x "
-                     f"{optimizer.gradient_accumulation_steps} accumulated; {length}",
+            "batch": f"{run.batch_in_words}; {length}",
             "optimizer": f"{optimizer.optimizer}, learning rate {effective_learning_rate(optimizer, world):.4g}, "
                          f"{optimizer.lr_scheduler}",
             "seed": str(run.seed),

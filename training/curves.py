@@ -15,7 +15,8 @@ from common.files import whole_file
 
 SMOOTHED_OVER = 20  # parts of a run: a curve shows the mean over each and, faintly, every step
 PANELS = [  # title; (scalar, how it is drawn, its name)
-    ("winner's and loser's error\nagainst the reference", [("avg_win_diff_loss", "-", "winner"), ("avg_lose_diff_loss", "--", "loser")]),
+    ("winner's and loser's error\nagainst the reference",
+     [("avg_win_diff_loss", "-", "winner"), ("avg_lose_diff_loss", "--", "loser")]),
     ("margin (logits)", [("margin_mean", "-", "mean"), ("margin_std", ":", "spread")]),
     ("implicit accuracy", [("implicit_acc_accumulated", "-", ""), ("accuracy", "-", "")]),
     ("lambda, the loser's share", [("avg_lose_l_scale", "-", "")]),

@@ -36,25 +36,20 @@ WARMUP = 500  # of 2000 steps
 def settle_defaults(options: TrainOptions, base: Family) -> None:
     """Fill in every option whose default depends on the method or the family; one that was given stays, 0 included."""
     objective, optimizer = options.objective, options.optimizer
-    method, family = objective.train_method, base
     settle_precision(options, base)
     settle_model(options, base)
     check_quantization(options, base)
-    if options.data.resolution is None:
-        options.data.resolution = base.training_resolution
     if optimizer.optimizer == "auto":
-        optimizer.optimizer = default_optimizer(options, family)
-    if objective.beta_dpo is None:
-        objective.beta_dpo = look_up(BETA, method, family)
-    if objective.winner_preserving_mu is None:
-        objective.winner_preserving_mu = look_up(MU, method, family)
-    if objective.dmpo_alpha is None:
-        objective.dmpo_alpha = look_up(ALPHA, method, family)
-    if optimizer.learning_rate is None:
-        optimizer.learning_rate = default_rate(options, family)
-    if optimizer.lr_warmup_steps is None:
-        steps = optimizer.max_train_steps
-        optimizer.lr_warmup_steps = min(WARMUP, steps // 4) if steps else WARMUP
+        optimizer.optimizer = default_optimizer(options, base)
+    method, steps = objective.train_method, optimizer.max_train_steps
+    for group, name, value in ((options.data, "resolution", base.training_resolution),
+                               (objective, "beta_dpo", look_up(BETA, method, base)),
+                               (objective, "winner_preserving_mu", look_up(MU, method, base)),
+                               (objective, "dmpo_alpha", look_up(ALPHA, method, base)),
+                               (optimizer, "learning_rate", default_rate(options, base)),
+                               (optimizer, "lr_warmup_steps", min(WARMUP, steps // 4) if steps else WARMUP)):
+        if getattr(group, name) is None:
+            setattr(group, name, value)
 
 
 def settle_model(options: TrainOptions, base: Family) -> None:
@@ -74,8 +69,8 @@ def settle_model(options: TrainOptions, base: Family) -> None:
         if not per_pair:  # a batch's lambda follows its noisy pairs, a pair's own is the same in every space
             options.objective.winner_preserving_granularity = "sample"
     if model.lora_rank and options.objective.reference_ema is not None:
-        raise UserError(f"--reference_ema needs a reference of its own, and LoRA's, the default of {base.label}, is the policy "
-                        "without its adapter: drop it, or train the whole network with --lora_rank 0")
+        raise UserError(f"--reference_ema needs a reference of its own, and LoRA's, the default of {base.label}, is the "
+                        "policy without its adapter: drop it, or train the whole network with --lora_rank 0")
     if model.lora_rank and model.lora_alpha is None:
         model.lora_alpha = float(model.lora_rank * (2 if base.flow else 1))
     if not model.lora_rank:

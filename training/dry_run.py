@@ -80,9 +80,9 @@ def report(task: Task, run: Run, family: Family, peak: float, step_time: float, 
         lines["whole run"] = (f"{task.max_steps} steps in {words(task.max_steps * step_time)}, loading, checkpoints and "
                               "validation aside")
         lines["disk"] = disk(task, run, family)
-    lines |= {name: found for name, advice in (("less memory", what_lowers_memory(task, run, family)),
-                                               ("less time", what_lowers_time(task, run)), ("less disk", what_lowers_disk(task, run)))
-              if (found := "; ".join(advice))}
+    advice = {"less memory": what_lowers_memory(task, run, family), "less time": what_lowers_time(task, run),
+              "less disk": what_lowers_disk(task, run)}
+    lines |= {name: "; ".join(found) for name, found in advice.items() if found}
     return ["Dry run", *(f"  {name:<11} {text}" for name, text in lines.items())]
 
 
@@ -179,7 +179,8 @@ def what_lowers_time(task: Task, run: Run) -> list[str]:
     passes = task.max_steps * run.pairs_per_step / pairs if pairs else 0
     if passes > MANY_PASSES:
         micro_steps = max(1, pairs // 8 // devices)
-        found.append(f"--gradient_accumulation_steps {micro_steps} --max_train_steps {max(1, 10 * pairs // (micro_steps * devices))} "
+        steps = max(1, 10 * pairs // (micro_steps * devices))
+        found.append(f"--gradient_accumulation_steps {micro_steps} --max_train_steps {steps} "
                      f"(10 passes over the {pairs} pairs; these are {passes:.0f})")
     cuda = run.device.type == "cuda"
     if cuda and options.memory.mixed_precision == "no":

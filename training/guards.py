@@ -83,8 +83,8 @@ class Watch:
             self.idle = self.idle + 1 if logs["avg_lose_l_scale"] == 1.0 else None
             if self.idle == self.SPAN:
                 warnings.append(
-                    f"step {step}: lambda was 1 in all of the {self.SPAN} steps so far: the safeguard has changed nothing. A "
-                    "larger --winner_preserving_mu acts earlier (published: 0.9, SDXL 0.6)")
+                    f"step {step}: lambda was 1 in all of the {self.SPAN} steps so far: the safeguard has changed nothing. "
+                    "A larger --winner_preserving_mu acts earlier (published: 0.9, SDXL 0.6)")
         if self.winner.count < self.FIRST:
             return warnings
         if rise > self.rise_bound:
@@ -96,10 +96,10 @@ class Watch:
         if (not self.tuning_told and logs.get("avg_lose_l_scale", 1.0) < 1.0 and loss > self.LOSS_OF_TUNING
                 and loser < 0.5 * winner < 0.0):
             warnings.append(
-                f"step {step}: the loss is {loss:.3g}, far above the first step's, and the losers' error falls with the winners' "
-                f"({loser:+.3g}, {winner:+.3g}): the safeguard leaves little but fine-tuning on the winners, as where pairs are "
-                "far from what the base draws. Train on the winners first (--train_method sft), then from that result "
-                "(--unet_init); or try a lower --beta_dpo or --learning_rate")
+                f"step {step}: the loss is {loss:.3g}, far above the first step's, and the losers' error falls with the "
+                f"winners' ({loser:+.3g}, {winner:+.3g}): the safeguard leaves little but fine-tuning on the winners, as "
+                "where pairs are far from what the base draws. Train on the winners first (--train_method sft), then from "
+                "that result (--unet_init); or try a lower --beta_dpo or --learning_rate")
             self.tuning_told = True
         if margin > self.margin_bound:
             warnings.append(
@@ -208,8 +208,8 @@ def count_in(record: dict, name: str, default: int = 0) -> int:
     """A count of a checkpoint's record. Raises UserError where it is damaged."""
     value = record.get(name, default)
     if not isinstance(value, int) or value < 0:
-        raise UserError(f"the counts of the checkpoint's progress.json are damaged ({name} {value!r}): name an earlier one with "
-                        "--resume_from_checkpoint")
+        raise UserError(f"the counts of the checkpoint's progress.json are damaged ({name} {value!r}): name an earlier one "
+                        "with --resume_from_checkpoint")
     return value
 
 

@@ -35,7 +35,7 @@ def model_card(options: TrainOptions, name: str, license: str) -> str:
     values, objective = options.flat(), options.objective
     rows = "\n".join(f"| {setting} | {values[setting]} |" for setting in SHOWN)
     safeguard = (f" and the winner-preserving safeguard (mu {objective.winner_preserving_mu:g})"
-                 if objective.use_winner_preserving else "")
+                 if objective.safeguarded else "")
     folder, base = Path(options.run.output_dir), options.model.pretrained_model_name_or_path
     local = Path(base).exists()  # the hub refuses a card whose base_model is none of its own
     left = [text for file, text in (("model_index.json", PIPELINE), ("unet.pth", UNET),
@@ -47,7 +47,8 @@ def model_card(options: TrainOptions, name: str, license: str) -> str:
 
 
 def push(options: TrainOptions, license: str) -> str:
-    """Upload output_dir without its checkpoints and what earlier runs left there; returns the address. Raises UserError; nothing local is lost.
+    """Upload output_dir without its checkpoints and what earlier runs left there; returns the address. Raises UserError;
+    nothing local is lost.
 
     license: the base's, which the trained weights inherit.
     """
@@ -59,7 +60,8 @@ def push(options: TrainOptions, license: str) -> str:
     try:
         api = HfApi()
         repository = api.create_repo(name, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"{options.objective.train_method} training",
+        api.upload_folder(repo_id=repository, folder_path=folder,
+                          commit_message=f"{options.objective.train_method} training",
                           ignore_patterns=["checkpoint-*", "replaced-*", ".*", f"{options.run.logging_dir}/*"])
     except Exception as error:  # the network's and the hub's failures are of many kinds
         raise UserError(f"the run is complete in {folder}, but could not be pushed to {name}: {first_line(error, 200)}"

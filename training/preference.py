@@ -55,7 +55,7 @@ class PreferenceTask(StoredPairs):
         if self.moving and sharded(run.accelerator):
             raise UserError("--reference_ema needs whole weights on every device: train with DDP")
         self.config = loss_config(options.objective, family.name)
-        self.watch = Watch(options.run.watch_winner_rise, options.run.watch_margin, options.objective.use_winner_preserving)
+        self.watch = Watch(options.run.watch_winner_rise, options.run.watch_margin, options.objective.safeguarded)
         self.validation = Validation(run, family, policy, shown)
         if options.objective.safeguards_parameters:
             check_whole_gradients(run.accelerator)
@@ -126,7 +126,7 @@ class PreferenceTask(StoredPairs):
     def summary(self) -> dict[str, str]:
         run, options, objective, optimizer = self.run, self.run.options, self.run.options.objective, self.run.options.optimizer
         safeguard = "off"
-        if objective.use_winner_preserving:
+        if objective.safeguarded:
             safeguard = (f"mu {objective.winner_preserving_mu:g}{options.origin('winner_preserving_mu')}, one lambda per "
                          f"{objective.winner_preserving_granularity}, {objective.winner_preserving_space} space")
         elif objective.fixed_lambda is not None:
@@ -144,8 +144,7 @@ class PreferenceTask(StoredPairs):
             "pairs": "; ".join([f"{len(self.pairs)} of {options.data.source or options.data.cached_dataset}",
                                 f"read as {self.pairs.layout}", *self.pairs.notes]
                                + [f"encoded in {options.data.cached_dataset}"] * bool(options.data.cached_dataset)),
-            "batch": f"{run.pairs_per_step} pairs per step = {run.accelerator.num_processes} device(s) x "
-                     f"{optimizer.train_batch_size} x {optimizer.gradient_accumulation_steps} accumulated",
+            "batch": run.batch_in_words,
             "steps": f"{self.max_steps}, {self.max_steps * run.pairs_per_step / len(self.pairs):.2f} passes over the pairs",
             "optimizer": f"{optimizer.optimizer}{options.origin('optimizer')}, learning rate {lr:.4g} after scaling"
                          f"{options.origin('learning_rate')}, {optimizer.lr_scheduler}, {optimizer.lr_warmup_steps} warm-up "
@@ -167,8 +166,9 @@ def make_task(run: Run, family: Family) -> PreferenceTask:
                   ai_feedback_labels(images, options.data, run.output_dir, run.accelerator))
     pairs = choose_pairs(table, options.data, run.seed, labels, options.objective.train_method)
     if run.main and images is not None and (groups := contradictions(replace(pairs, rows=images))):
-        warn(f"{sum(map(len, groups))} pairs contradict each other: the same two images under one caption with opposite winners "
-             f"(rows {' and '.join(map(str, groups[0]))}{', ...' * (len(groups) > 1)}); python -m data.check names all of them")
+        warn(f"{sum(map(len, groups))} pairs contradict each other: the same two images under one caption with opposite "
+             f"winners (rows {' and '.join(map(str, groups[0]))}{', ...' * (len(groups) > 1)}); "
+             "python -m data.check names all of them")
     if not pairs.paired and (name := options.objective.needs_pairs):
         raise UserError(f"--{name} needs pairs, and {options.data.source or options.data.cached_dataset} holds {pairs.layout}: "
                         "drop it")

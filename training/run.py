@@ -79,6 +79,12 @@ class Run:
         optimizer = self.options.optimizer
         return self.accelerator.num_processes * optimizer.train_batch_size * optimizer.gradient_accumulation_steps
 
+    @property
+    def batch_in_words(self) -> str:
+        optimizer, devices = self.options.optimizer, self.accelerator.num_processes
+        return (f"{self.pairs_per_step} pairs per step = {devices} device(s) x {optimizer.train_batch_size} x "
+                f"{optimizer.gradient_accumulation_steps} accumulated")
+
     def settings(self) -> dict:
         """What identifies the run: every option that matters, and how many processes share the batch; as JSON gives it."""
         settings = self.options.settings() | {"num_processes": self.accelerator.num_processes}

@@ -70,8 +70,8 @@ class WeightsAndReference(WholeWeights):
 
 @dataclass
 class LoraWeights:
-    """The adapter alone, in diffusers' format. Its metadata holds its alpha, without which that would be read as the rank, and
-    what it was trained on."""
+    """The adapter alone, in diffusers' format. Its metadata holds its alpha, without which that would be read as the rank,
+    and what it was trained on."""
 
     family: Family
     run: Run
@@ -219,8 +219,8 @@ def refuse_pickles(run: Run, folder: Path) -> None:
     would skip random states without a word when they cannot be loaded, and unpickle registered objects, which no run has.
     """
     if any(folder.glob("custom_checkpoint_*.pkl")):
-        raise UserError(f"{folder} is of an earlier version of SPO here, whose progress is not read any more: finish it with that "
-                        "version, or start over with --resume_from_checkpoint none")
+        raise UserError(f"{folder} is of an earlier version of SPO here, whose progress is not read any more: finish it "
+                        "with that version, or start over with --resume_from_checkpoint none")
     states = folder / f"random_states_{run.accelerator.process_index}.pkl"
     if states.is_file():
         try:

@@ -25,8 +25,8 @@ class StoredPairs:
 
     def restore(self, record: dict, first_step: int) -> None:
         if record.get("data", self.digest) != self.digest and not self.run.options.run.allow_changed_resume:
-            raise UserError(f"{self.run.options.data.source} has changed since the checkpoint was made (other pairs, or other "
-                            "labels): go back to it, choose another --output_dir, or add --allow_changed_resume")
+            raise UserError(f"{self.run.options.data.source} has changed since the checkpoint was made (other pairs, or "
+                            "other labels): go back to it, choose another --output_dir, or add --allow_changed_resume")
         self.bad = BadPairs(self.run, self.dataset, record, first_step * self.run.pairs_per_step)
 
     def record(self, steps_back: int = 0) -> dict:

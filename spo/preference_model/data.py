@@ -42,8 +42,8 @@ class LabelledPairs(PairDataset):
 
     shuffle = True
 
-    def __init__(self, table: datasets.Dataset, data: DataOptions, latent_shape: tuple[int, int, int], seed: int, source: str,
-                 rows: np.ndarray | None = None, judge_size: int | None = None):
+    def __init__(self, table: datasets.Dataset, data: DataOptions, latent_shape: tuple[int, int, int], seed: int,
+                 source: str, rows: np.ndarray | None = None, judge_size: int | None = None):
         """rows: those of the table that are meant (None: all). Raises UserError for an unknown layout (data/layouts.py), odd
         labels, or when no row has a label."""
         layout = layout_of(table, data, "pairs")

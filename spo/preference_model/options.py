@@ -41,10 +41,10 @@ class SPMOptions:
 
     spm_clip: str = option("yuvalkirstain/PickScore_v1", "the CLIP to condition on the timestep")
     spm_tokenizer: str = option("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "that CLIP's tokenizer")
-    validation_split: str = option(PICKAPIC_VALIDATION, "split whose accuracy is reported; 'none' for none; local data without "
-                                   "Pick-a-Pic's holds pairs of its training split out instead")
-    relabel_threshold: float = option(0.0, "above 0: label the pairs by --spm_clip itself, as ties where the two probabilities "
-                                      "differ by less", at_least=0, below=1)
+    validation_split: str = option(PICKAPIC_VALIDATION, "split whose accuracy is reported; 'none' for none; local data "
+                                   "without Pick-a-Pic's holds pairs of its training split out instead")
+    relabel_threshold: float = option(0.0, "above 0: label the pairs by --spm_clip itself, as ties where the two "
+                                      "probabilities differ by less", at_least=0, below=1)
     guidance: float = option(5.0, "guidance scale of the base model", above=0)
 
 

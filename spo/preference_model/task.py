@@ -84,17 +84,16 @@ class SPMTask(StoredPairs):
         labels = f"by {own.spm_clip}, ties below {own.relabel_threshold:g}" if own.relabel_threshold else "the dataset's"
         return {
             "model": f"step-aware preference model made from {own.spm_clip}",
-            "base": f"{options.model.pretrained_model_name_or_path} ({self.restorer.family.label}, {options.data.resolution} "
-                    f"px), guidance {own.guidance:g}",
+            "base": f"{options.model.pretrained_model_name_or_path} ({self.restorer.family.label}, "
+                    f"{options.data.resolution} px), guidance {own.guidance:g}",
             "precision": options.memory.mixed_precision,
             "pairs": f"{len(self.dataset)} of {options.data.source}; validated on "
                      + (str(len(self.validation)) if self.validation else "none") + f"; {self.dataset.pairs.layout}",
             "labels": labels,
-            "batch": f"{run.pairs_per_step} pairs per step = {run.accelerator.num_processes} device(s) x "
-                     f"{optimizer.train_batch_size} x {optimizer.gradient_accumulation_steps} accumulated",
+            "batch": run.batch_in_words,
             "steps": f"{self.max_steps}, {self.max_steps * run.pairs_per_step / len(self.dataset):.2f} passes over the pairs",
-            "optimizer": f"AdamW, learning rate {optimizer.learning_rate:.4g}, {optimizer.lr_warmup_steps} warm-up steps, then "
-                         "linear decay",
+            "optimizer": f"AdamW, learning rate {optimizer.learning_rate:.4g}, {optimizer.lr_warmup_steps} warm-up steps, "
+                         "then linear decay",
             "seed": str(run.seed),
             "output": str(run.output_dir),
         }

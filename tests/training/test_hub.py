@@ -45,6 +45,10 @@ def test_a_card_names_no_local_folder_as_its_base_model(options, tmp_path):
     options.model.pretrained_model_name_or_path = str(tmp_path / "my-base")
     push(options, "openrail++")
     card = (tmp_path / "run" / "README.md").read_text()
+    assert "mu 0.9" in card
+    options.objective.train_method = "sft"
+    push(options, "openrail++")
+    assert "safeguard" not in (tmp_path / "run" / "README.md").read_text()
     assert "base_model" not in card and "`my-base` trained with" in card and str(tmp_path) not in card
 
 
