@@ -26,7 +26,7 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException, longest: int = 1000) -> str:
-    """The first non-empty line of an error's message, up to a whole word, for quoting another library's error inside ours."""
+    """The first non-empty line of an error's message, up to a whole word, to quote another library's error inside ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return textwrap.shorten(lines[0], longest, placeholder=" ...") if lines else type(error).__name__
 

@@ -97,7 +97,8 @@ def parse(groups: list[type], argv: list[str] | None = None, *, program: str, de
     argv = [word for file in files for word in yaml_words(file, declared)] + argv
     parser = _Parser(program, description, files)
     if configurable:
-        parser.add_argument("--config", metavar="FILE.yaml", action="append", help="options in a file; the command line wins")
+        parser.add_argument("--config", metavar="FILE.yaml", action="append",
+                            help="options in a file; the command line wins")
     for group in groups:
         section = parser.add_argument_group(getattr(group, "title", "options"))
         for f in fields(group):
@@ -118,7 +119,8 @@ def parse(groups: list[type], argv: list[str] | None = None, *, program: str, de
             if name in declared and (fault := declaration(declared[name]).fault(each)):
                 raise UserError(f"--{name} {fault}")
     given = names_given(argv) & declared.keys()
-    return [group(**{f.name: getattr(found, f.name) for f in fields(group) if f.name in declared}) for group in groups], given
+    return [group(**{f.name: getattr(found, f.name) for f in fields(group) if f.name in declared})
+            for group in groups], given
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,7 +131,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:  # argparse's own prints every option's name first
         wrong, _, choices = message.partition(" (choose from ")
-        near = difflib.get_close_matches(wrong.rpartition(": ")[2].strip("'"), re.findall(r"[\w.-]+", choices), n=1, cutoff=0.4)
+        word, known = wrong.rpartition(": ")[2].strip("'"), re.findall(r"[\w.-]+", choices)
+        near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
         message += f"; did you mean {near[0]}?" if near else ""
         where = f" (on the command line or in {', '.join(self.files)})" if self.files else ""
         raise UserError(f"{message}{where}; see --help")
@@ -208,7 +211,8 @@ def yaml_words(path: str, declared: dict[str, dataclasses.Field]) -> list[str]:
     for key, value in settings.items():
         if key not in declared:
             near = difflib.get_close_matches(str(key), declared, n=1)
-            raise UserError(f"{path}: no option is called '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; see --help"))
+            hint = f"did you mean '{near[0]}'?" if near else "see --help"
+            raise UserError(f"{path}: no option is called '{key}'; {hint}")
         _, choices, many = option_type(declared[key])
         values = value if isinstance(value, list) else [value]
         if isinstance(value, dict) or any(isinstance(each, (dict, list)) for each in values):

@@ -1,6 +1,6 @@
 """train.py's options, parsed and checked: what contradicts is refused, and what does nothing is warned of.
 
-What needs the base to be known is refused where it is looked up: training/defaults.py, models/quantize.py, models/devices.py.
+What needs the base to be known is refused where it is looked up: training/defaults.py, models/quantize.py and devices.py.
 """
 
 import os
@@ -51,7 +51,7 @@ def check_options(options: TrainOptions) -> None:
     if model.lora_dropout and objective.train_method == "spo":
         raise UserError("--lora_dropout does not go with spo, whose policy samples its own pairs: drop it")
     if objective.reference_ema is not None and model.lora_rank:
-        raise UserError("--reference_ema needs a reference of its own, and LoRA's is the policy without its adapter: drop one")
+        raise UserError("--reference_ema needs a reference of its own, and LoRA's is the policy without adapter: drop one")
     if objective.fixed_lambda is not None and objective.use_winner_preserving:
         raise UserError("--fixed_lambda and --use_winner_preserving contradict each other: drop one")
     if objective.safeguards_parameters:
@@ -97,8 +97,9 @@ def check_tracker(name: str) -> None:
     if name not in TRACKERS:
         raise UserError(f"--report_to {name} is no tracker that accelerate knows: {', '.join(TRACKERS)}, all or none")
     if not any(find_spec(package) for package in TRACKERS[name]):
-        raise UserError(f"--report_to {name}: the package {TRACKERS[name][0]} is not installed: pip install {TRACKERS[name][0]}, "
-                        "or --report_to none")
+        package = TRACKERS[name][0]
+        raise UserError(f"--report_to {name}: the package {package} is not installed: pip install {package}, or "
+                        "--report_to none")
 
 
 def check_data_options(data: DataOptions, objective: ObjectiveOptions) -> None:

@@ -55,7 +55,8 @@ class ModelOptions:
 class MemoryOptions:
     title = "precision, speed and memory"
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("fp16", "compute dtype of the trained network, VAE and text encoders")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option(
+        "fp16", "compute dtype of the trained network, VAE and text encoders")
     allow_tf32: bool = option(False, "TF32 matrix products on NVIDIA GPUs")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass (SDXL: always)", free=True)
     selective_checkpointing: bool = option(False, "recompute what is cheap and keep the rest, instead of recomputing all",
@@ -134,7 +135,8 @@ class ObjectiveOptions:
     mapo_timesteps: int = option(1000, "MaPO's T", at_least=1, methods=("mapo",))
     poly_alpha: float = option(8.0, "Poly-DPO's weight on undecided pairs; below -1 it would reverse pairs", at_least=-1,
                                methods=("poly-dpo",))
-    linear_eta: float = option(1e-3, "Linear-DPO's lowest weight of a pair", at_least=0, at_most=0.5, methods=("linear-dpo",))
+    linear_eta: float = option(1e-3, "Linear-DPO's lowest weight of a pair", at_least=0, at_most=0.5,
+                               methods=("linear-dpo",))
     ipo_target: float = option(0.5, "the margin that IPO aims at", above=0, methods=("ipo",))
     dpop_penalty: float = option(1.0, "DPOP's k; none is published for diffusion, 1 to 10 is where to start", at_least=0,
                                  methods=("dpop",))
@@ -196,7 +198,8 @@ class OptimizerOptions:
         default_text="published: 1e-8, SDXL 1e-9, with --scale_lr; without it 2e-5, SDXL 2e-6, LoRA 1e-4; "
                      "flow matching 1e-6, LoRA 1e-5, in all")
     scale_lr: bool = option(False, "multiply the learning rate by devices * batch * accumulation")
-    lr_scheduler: str = option("constant_with_warmup", "a schedule of diffusers.optimization, or warmup_then_decay: DeepSpeed's")
+    lr_scheduler: str = option("constant_with_warmup",
+                               "a schedule of diffusers.optimization, or warmup_then_decay: DeepSpeed's")
     lr_warmup_steps: int | None = option(None, "optimizer steps of linear warm-up", at_least=0,
                                          default_text="published: 500, and a quarter of a shorter run")
     optimizer: Literal["auto", "adamw", "adamw8bit", "adafactor", "sgd"] = option(
@@ -237,14 +240,16 @@ class RunOptions:
                                                "(.txt, .json)", free=True)
     validation_steps: int = option(500, "optimizer steps between validations", at_least=1, free=True)
     validation_guidance: float = option(7.5, "guidance scale of the validation images, in diffusers' sense", above=0,
-                                        needs="validation_prompts", free=True, default_text="7.5; flow matching the base's own")
+                                        needs="validation_prompts", free=True,
+                                        default_text="7.5; flow matching the base's own")
     validation_inference_steps: int = option(30, "Euler steps of the validation images", at_least=1,
                                              needs="validation_prompts", free=True,
                                              default_text="30; flow matching the base's own")
     push_to_hub: bool = option(False, "upload the trained pipeline, with a model card", free=True)
     hub_model_id: str | None = option(None, "repository to push to (default: the name of output_dir)", needs="push_to_hub",
                                       free=True)
-    dry_run: bool = option(False, "take two steps, report memory, time and disk of the whole run, and leave nothing", free=True)
+    dry_run: bool = option(False, "take two steps, report memory, time and disk of the whole run, and leave nothing",
+                           free=True)
     local_rank: int = option(-1, "accepted and ignored: accelerate knows the rank", free=True)
 
 

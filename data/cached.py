@@ -95,7 +95,8 @@ def damaged(path: Path, reason: str) -> UserError:
 
 def incomplete(path: Path, why: str = "", delete: str = "it") -> UserError:
     """Of a file that data.cache makes again where it is missing."""
-    return UserError(f"{path} is missing or damaged{why}: delete {delete} and run data.cache again, it makes what is missing")
+    return UserError(f"{path} is missing or damaged{why}: delete {delete} and run data.cache again, it makes what is "
+                     "missing")
 
 
 def read_settings(folder: Path, missing: str) -> dict:

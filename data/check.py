@@ -33,7 +33,8 @@ def main() -> None:
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-"):
         argv = [f"--{'train_data_dir' if Path(argv[0]).exists() else 'dataset_name'}={argv[0]}", *argv[1:]]
-    groups, given = parse([*GROUPS, CheckOptions], argv, program="python -m data.check", description=__doc__, configurable=True)
+    groups, given = parse([*GROUPS, CheckOptions], argv, program="python -m data.check", description=__doc__,
+                          configurable=True)
     options, own = TrainOptions(*groups[:len(GROUPS)], given), groups[-1]
     if options.data.source is None:
         raise UserError("name the pairs to check: a hub id, a local folder or a file")

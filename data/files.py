@@ -105,7 +105,7 @@ def _csv_rows(path: Path) -> list[dict]:
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():  # DictReader's name for cells too many, and its filling for those too few
             raise UserError(f"{path}: row {number} has not as many cells as the header, {', '.join(reader.fieldnames)}")
-    return [{name: cell or None for name, cell in row.items() if name} for row in rows]  # pandas leaves the index's name empty
+    return [{name: cell or None for name, cell in row.items() if name} for row in rows]  # pandas' index has no name
 
 
 def _jsonl_rows(path: Path) -> list[dict]:

@@ -85,7 +85,8 @@ def _pair_layouts(names: list[str], caption: str, data: DataOptions, labelled: b
     given, found = list(data.label_column), []
     if "jpg_0" in names or "jpg_1" in names:
         images = ["jpg_0", "jpg_1"]
-        found.append(Layout(caption, images, given, _rule(given)) if given else Layout(caption, images, ["label_0"], "label_0"))
+        labels, rule = (given, _rule(given)) if given else (["label_0"], "label_0")
+        found.append(Layout(caption, images, labels, rule))
     for pair in WINNER_AND_LOSER:
         if set(pair) <= set(names):
             found.append(Layout(caption, list(pair), given, _rule(given) if given else "first"))

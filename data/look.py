@@ -71,8 +71,10 @@ class CheckedPairs(torch.utils.data.Dataset):
             mode, size = mode_and_size(encoded)
             report.sizes.append(size)
             if mode != "RGB":
-                report.remarks.append(f"{mode} image, converted to RGB" + ", over white where transparent" * (mode[-1] in "Aa"))
-        report.remarks += ["an image is one flat colour"] * any(image.amin((1, 2)).equal(image.amax((1, 2))) for image in pixels)
+                over_white = ", over white where transparent" if mode[-1] in "Aa" else ""
+                report.remarks.append(f"{mode} image, converted to RGB{over_white}")
+        if any(image.amin((1, 2)).equal(image.amax((1, 2))) for image in pixels):
+            report.remarks.append("an image is one flat colour")
         if len(pixels) == 2 and torch.equal(*pixels):
             report.remarks.append("the same picture twice, in two files: there is nothing to prefer")
         report.content = sha.digest()

@@ -70,15 +70,15 @@ def rows(judged: list[Judged], ballots: list[Ballot]) -> Iterator[dict]:
     names = {ballot.judge: ballot.name or ballot.judge for ballot in ballots}
     for pair in judged:
         choices = list(pair.choices.values())
-        yield {"caption": pair.prompt, "jpg_0": read_shown(pair.first), "jpg_1": read_shown(pair.second), "label_0": label(pair),
-               "model_0": pair.first.model, "model_1": pair.second.model,
+        yield {"caption": pair.prompt, "jpg_0": read_shown(pair.first), "jpg_1": read_shown(pair.second),
+               "label_0": label(pair), "model_0": pair.first.model, "model_1": pair.second.model,
                "path_0": pair.first.path, "path_1": pair.second.path, "judges": [names[judge] for judge in pair.choices],
                "votes_0": choices.count("left"), "votes_1": choices.count("right"),
                "votes_tie": choices.count("tie"), "votes_bad": choices.count("bad")}
 
 
 def write_pairs(folder: Path, judged: list[Judged], ballots: list[Ballot]) -> Path:
-    """The parquet file, whole or absent. Raises UserError when the folder holds another one, which training would read too."""
+    """The parquet file, whole or absent. Raises UserError when the folder holds another, which training would read too."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

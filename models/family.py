@@ -2,7 +2,7 @@
 
 A family is one file of models/ with one class: everything that depends on the architecture of the trained network and on
 nothing else. Training, caching, validation, generation, SPO and its preference model know a family by this interface
-alone. To add one: write the class, add its line to FAMILIES, and give it a preset and scripts: docs/models.md walks through it.
+alone. To add one: write the class, add its line to FAMILIES, give it a preset and scripts: docs/models.md walks through it.
 """
 
 import importlib

@@ -43,7 +43,8 @@ class FlowFamily(PipelineParts):
         self.config = self.read(self.network, "the transformer's config", self.backbone, method="load_config")
         self.sequence_length = options.max_sequence_length or self.default_sequence
         if self.sequence_length > self.longest_sequence:
-            raise UserError(f"--max_sequence_length {self.sequence_length}: {self.label} reads {self.longest_sequence} at most")
+            raise UserError(f"--max_sequence_length {self.sequence_length}: {self.label} reads {self.longest_sequence} at "
+                            "most")
         if self.is_distilled:
             self.steps, self.guidance = self.distilled_sampling
             warn(f"{options.pretrained_model_name_or_path} is distilled to few steps without guidance, and preference "
@@ -81,7 +82,8 @@ class FlowFamily(PipelineParts):
         own = 1.0 if self.scheduler.config.use_dynamic_shifting else self.scheduler.config.shift
         return (1000 * shifted(sigma, options.timestep_shift or own)).float()
 
-    def noise(self, latents: Tensor, noise: Tensor, times: Tensor, input_noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def noise(self, latents: Tensor, noise: Tensor, times: Tensor,
+              input_noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         sigma = (times / 1000).reshape(-1, 1, 1, 1)
         return (1 - sigma) * latents + sigma * (noise if input_noise is None else input_noise), noise - latents
 

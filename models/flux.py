@@ -24,7 +24,7 @@ class Flux(FlowFamily):
     lora_targets = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj",
                                                 "to_add_out")]
     lora_targets += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"]
-    lora_targets += [f"single_transformer_blocks.{number}.proj_out" for number in range(SINGLE_BLOCKS)]  # not the last layer's
+    lora_targets += [f"single_transformer_blocks.{n}.proj_out" for n in range(SINGLE_BLOCKS)]  # not the last layer's
     encoder_names = ("text_encoder", "text_encoder_2")
     default_sequence = longest_sequence = 512
     steps, guidance, embeds_guidance = 28, 3.5, True

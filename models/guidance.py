@@ -39,5 +39,6 @@ def guided(family: Family, network: nn.Module, x_t: Tensor, times: Tensor, text:
     """The guided prediction (N, C, h, w), combined in dtype; see Family.guide for scale and official."""
     if family.embeds_guidance:
         return family.predict(network, x_t, times, text, size, scale).to(dtype)
-    unconditional, conditional = (part.to(dtype) for part in both_predictions(family, network, x_t, times, text, empty, size))
+    predictions = both_predictions(family, network, x_t, times, text, empty, size)
+    unconditional, conditional = (part.to(dtype) for part in predictions)
     return family.guide(unconditional, conditional, scale, official)

@@ -140,7 +140,7 @@ def merge_lora(family: Family, network: torch.nn.Module, state: dict[str, torch.
     else:
         state = family.pipeline.lora_state_dict(state)
     state = {key: value for key, value in state.items() if not key.startswith(("text_encoder.", "text_encoder_2."))}
-    layers = sum(key.endswith((".lora_A.weight", "lora.down.weight", "_lora.down.weight")) for key in state)
+    layers = sum(key.endswith((".lora_A.weight", "lora.down.weight")) for key in state)
     try:
         if layers and family.backbone == "unet":
             StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, alphas, network, metadata=None if alphas else metadata)

@@ -124,7 +124,7 @@ class PipelineParts:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Contiguous, as a cache gives them: from channels-last latents the UNets would pick kernels that round otherwise."""
+        """Contiguous, as a cache gives them: from channels-last latents UNets would pick kernels that round otherwise."""
         parts = pixels.to(self.vae.dtype).split(self.vae_at_once)
         return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts]).contiguous()
 

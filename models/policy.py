@@ -78,7 +78,8 @@ class MovingReference:
     def load(self, average: dict[str, torch.Tensor]) -> None:
         """A checkpoint's average. Raises UserError where it does not fit."""
         if {name: value.shape for name, value in average.items()} != {n: v.shape for n, v in self.average.items()}:
-            raise UserError("the checkpoint's reference is of another model: name an earlier one with --resume_from_checkpoint")
+            raise UserError("the checkpoint's reference is of another model: name an earlier one with "
+                            "--resume_from_checkpoint")
         for name, value in average.items():
             self.average[name].copy_(value)
         self.show()
@@ -118,7 +119,8 @@ def make_policy(family: Family, network: nn.Module, memory: MemoryOptions, dtype
     elif (memory.gradient_checkpointing or family.always_checkpoints) and not memory.selective_checkpointing:
         network.enable_gradient_checkpointing()
     if is_quantized(network):  # no data parallelism sends such weights around: they come from one file everywhere
-        network._ddp_params_and_buffers_to_ignore = [n for n, weight in network.named_parameters() if not weight.requires_grad]
+        frozen = [name for name, weight in network.named_parameters() if not weight.requires_grad]
+        network._ddp_params_and_buffers_to_ignore = frozen
     network.train().to(device)
     networks = [network] if reference is None else [network, reference]
     if memory.channels_last:
@@ -136,8 +138,9 @@ def add_adapter(network: nn.Module, family: Family) -> None:
     """Put the LoRA that the options describe into a network, in float32. Its B is 0, so the policy equals the reference at
     first, with dropout too: that acts on what A reads. Raises UserError for targets that the network has none of."""
     options = family.options
-    config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha or options.lora_rank, init_lora_weights="gaussian",
-                        lora_dropout=options.lora_dropout, target_modules=options.lora_targets or family.lora_targets)
+    config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha or options.lora_rank,
+                        lora_dropout=options.lora_dropout, target_modules=options.lora_targets or family.lora_targets,
+                        init_lora_weights="gaussian")
     try:
         network.add_adapter(config)
     except ValueError as error:  # peft's, for a name that no module has or one that is no layer

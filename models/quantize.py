@@ -1,6 +1,6 @@
 """LoRA's frozen base with quantised weights, by diffusers' backends: torchao's int8, bitsandbytes' nf4.
 
-Every linear layer's weight is quantised, as diffusers does where nothing else is said; convolutions, norms and biases are not.
+Every linear layer's weight is quantised, as diffusers does where nothing else is said; convolutions, norms and biases not.
 The reference is the same quantised weights with the adapter off.
 """
 
@@ -35,7 +35,8 @@ def check_quantization(options: TrainOptions, family: Family) -> None:
 
 
 def quantization_config(kind: str, dtype: torch.dtype):
-    """What diffusers' from_pretrained takes as quantization_config; None for "none". dtype: computed in. Raises UserError."""
+    """What diffusers' from_pretrained takes as quantization_config; None for "none". dtype: computed in. Raises
+    UserError."""
     try:
         if kind == "int8":
             from diffusers import TorchAoConfig

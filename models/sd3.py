@@ -37,7 +37,8 @@ class StableDiffusion3(FlowFamily):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         largest = self.config["pos_embed_max_size"] * self.config["patch_size"] * self.latent_factor
         if max(height, width) > largest:
-            raise UserError(f"{height}x{width} is no size for {self.label}: this base has positions for {largest} pixels a side")
+            raise UserError(f"{height}x{width} is no size for {self.label}: this base has positions for {largest} pixels a "
+                            "side")
         return super().latent_shape(height, width)
 
     @property

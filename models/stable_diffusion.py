@@ -55,7 +55,8 @@ class StableDiffusion15(PipelineParts):
         if self.turbo:
             self.scheduler = DDPMScheduler.from_config(self.scheduler.config, rescale_betas_zero_snr=True)
         if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"{base} predicts '{self.scheduler.config.prediction_type}': only epsilon and v_prediction are known")
+            raise UserError(f"{base} predicts '{self.scheduler.config.prediction_type}': only epsilon and v_prediction are "
+                            "known")
         self.scaling_factor = self.vae_config.get("scaling_factor", 0.18215)
         config = self.read(UNet2DConditionModel, "the UNet's config", "unet", method="load_config")
         if isinstance(config.get("sample_size"), int):
@@ -115,7 +116,8 @@ class StableDiffusion15(PipelineParts):
             return steps[(uniform * len(TURBO_TIMESTEPS)).long()]
         return (uniform * self.scheduler.config.num_train_timesteps).long()
 
-    def noise(self, latents: Tensor, noise: Tensor, times: Tensor, input_noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def noise(self, latents: Tensor, noise: Tensor, times: Tensor,
+              input_noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x_t = self.scheduler.add_noise(latents, noise if input_noise is None else input_noise, times)
         velocity = self.scheduler.config.prediction_type == "v_prediction"
         return x_t, self.scheduler.get_velocity(latents, noise, times) if velocity else noise
@@ -144,7 +146,8 @@ class StableDiffusion15(PipelineParts):
                              self.scheduler.config.prediction_type)
 
     def clean(self, prediction: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
-        return clean_and_noise(prediction, x_t, times, self.scheduler.alphas_cumprod, self.scheduler.config.prediction_type)[0]
+        return clean_and_noise(prediction, x_t, times, self.scheduler.alphas_cumprod,
+                               self.scheduler.config.prediction_type)[0]
 
     @cached_property
     def _own_scheduler(self):

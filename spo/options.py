@@ -14,21 +14,24 @@ class SPOOptions:
     title = "spo"
 
     spo_prompts: str | None = option(None, "SPO: prompts to train on: .txt (one a line) or .json; without it, the "
-                                           "distinct captions of --dataset_name (the first --max_train_samples)", methods=SPO)
+                                           "distinct captions of --dataset_name (the first --max_train_samples)",
+                                     methods=SPO)
     spo_sample_batch_size: int = option(10, "SPO: prompts a device samples at once", at_least=1, methods=SPO)
     spo_num_steps: int = option(20, "SPO: denoising steps", at_least=1, at_most=1000, methods=SPO)
     spo_eta: float | None = option(None, "SPO: the noise of a step, without which a pool's members are all equal: DDIM's "
-                                   "eta, or a of flow matching's SDE", above=0, at_most=1, default_text="1; flow matching 0.7",
-                                   methods=SPO)
+                                   "eta, or a of flow matching's SDE", above=0, at_most=1,
+                                   default_text="1; flow matching 0.7", methods=SPO)
     spo_guidance: float = option(5.0, "SPO: guidance scale of sampling and of training", above=0, methods=SPO)
     spo_divert_start_step: int = option(4, "SPO: first step that draws a pool of candidates", at_least=0, methods=SPO)
     spo_k: int = option(4, "SPO: candidates in a pool", at_least=2, methods=SPO)
     spo_num_inner_step: int = option(0, "SPO: steps that each candidate walks on its own before the comparison", at_least=0,
                                      methods=SPO)
-    spo_threshold: float = option(0.3, "SPO: keep a pair when P(best) - P(worst) exceeds this", at_least=0, below=1, methods=SPO)
+    spo_threshold: float = option(0.3, "SPO: keep a pair when P(best) - P(worst) exceeds this", at_least=0, below=1,
+                                  methods=SPO)
     spo_clip: float = option(0.1, "SPO: clip the ratios policy/reference to 1 +- this", above=0, below=1, methods=SPO)
     spo_beta: float = option(10.0, "SPO: beta of the loss", above=0, methods=SPO)
-    spm_checkpoint: str | None = option(None, "SPO: step-aware preference model: a .bin, or ORG/REPO/FILE on the hub", methods=SPO)
+    spm_checkpoint: str | None = option(None, "SPO: step-aware preference model: a .bin, or ORG/REPO/FILE on the hub",
+                                        methods=SPO)
     spm_clip: str = option("yuvalkirstain/PickScore_v1", "SPO: the CLIP that --spm_checkpoint conditions on the timestep",
                            methods=SPO)
     spm_tokenizer: str = option("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "SPO: that CLIP's tokenizer", methods=SPO)

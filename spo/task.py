@@ -54,7 +54,7 @@ class SPOTask:
 
     @property
     def resumable(self) -> bool:
-        """At a round's end: the pairs of one under way cannot be drawn again, since the weights that drew them have moved."""
+        """At a round's end: the pairs of one under way cannot be drawn again, as the weights that drew them have moved."""
         return self.steps_left == 0
 
     def record(self, steps_back: int = 0) -> dict:

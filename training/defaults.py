@@ -92,7 +92,8 @@ def default_optimizer(options: TrainOptions, base: Family) -> str:
 def default_rate(options: TrainOptions, base: Family) -> float:
     """The published rate before --scale_lr; without it the rate that the published batch of 2048 pairs makes of it."""
     if base.flow:
-        return (FLOW_LORA_RATE if options.model.lora_rank else FLOW_RATE) / (PUBLISHED_BATCH if options.optimizer.scale_lr else 1)
+        rate = FLOW_LORA_RATE if options.model.lora_rank else FLOW_RATE
+        return rate / PUBLISHED_BATCH if options.optimizer.scale_lr else rate
     published = look_up(RATE_BEFORE_SCALING, options.objective.train_method, base)
     if options.optimizer.scale_lr:
         return published

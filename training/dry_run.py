@@ -188,7 +188,7 @@ def what_lowers_time(task: Task, run: Run) -> list[str]:
     if cuda and not options.memory.compile:
         found.append("--compile")
     if not options.data.cached_dataset and options.objective.train_method != "spo":
-        found.append("--cached_dataset" + (" or --dataloader_num_workers 4" if not options.data.dataloader_num_workers else ""))
+        found.append("--cached_dataset" + ("" if options.data.dataloader_num_workers else " or --dataloader_num_workers 4"))
     if options.memory.gradient_checkpointing:
         found.append("no --gradient_checkpointing, where memory allows it")
     return found

@@ -124,7 +124,8 @@ class PreferenceTask(StoredPairs):
     # --- the start -------------------------------------------------------------------------------------------------------
 
     def summary(self) -> dict[str, str]:
-        run, options, objective, optimizer = self.run, self.run.options, self.run.options.objective, self.run.options.optimizer
+        run, options = self.run, self.run.options
+        objective, optimizer = options.objective, options.optimizer
         safeguard = "off"
         if objective.safeguarded:
             safeguard = (f"mu {objective.winner_preserving_mu:g}{options.origin('winner_preserving_mu')}, one lambda per "
@@ -132,14 +133,16 @@ class PreferenceTask(StoredPairs):
         elif objective.fixed_lambda is not None:
             safeguard += f", fixed lambda {objective.fixed_lambda:g}"
         beta = f", beta {objective.beta_dpo:g}{options.origin('beta_dpo')}" if self.name in WITH_BETA else ""
-        reference = "none" if not objective.needs_reference else "policy without adapter" if self.policy.lora else "frozen copy"
+        reference = "policy without adapter" if self.policy.lora else "frozen copy"
+        if self.moving:
+            reference += f", moving average of decay {objective.reference_ema:g}"
         lr = effective_learning_rate(optimizer, run.accelerator.num_processes)
         return {
             "method": f"{self.name}{beta}, safeguard {safeguard}",
             "base": f"{options.model.pretrained_model_name_or_path} ({self.family.label}, {options.data.resolution} px)"
                     + (f", weights of {options.model.unet_init}" if options.model.unet_init else ""),
             "policy": self.policy.in_words(options),
-            "reference": reference + (f", moving average of decay {objective.reference_ema:g}" if self.moving else ""),
+            "reference": reference if objective.needs_reference else "none",
             "precision": f"{options.memory.mixed_precision}, errors in float32",
             "pairs": "; ".join([f"{len(self.pairs)} of {options.data.source or options.data.cached_dataset}",
                                 f"read as {self.pairs.layout}", *self.pairs.notes]
@@ -170,8 +173,8 @@ def make_task(run: Run, family: Family) -> PreferenceTask:
              f"winners (rows {' and '.join(map(str, groups[0]))}{', ...' * (len(groups) > 1)}); "
              "python -m data.check names all of them")
     if not pairs.paired and (name := options.objective.needs_pairs):
-        raise UserError(f"--{name} needs pairs, and {options.data.source or options.data.cached_dataset} holds {pairs.layout}: "
-                        "drop it")
+        source = options.data.source or options.data.cached_dataset
+        raise UserError(f"--{name} needs pairs, and {source} holds {pairs.layout}: drop it")
     if cache:
         check_cache(cache, options.data, family, options.memory.mixed_precision, pairs.image_columns)
     else:
@@ -193,7 +196,8 @@ def load_rows(options: TrainOptions, cache: CachedDataset | None) -> tuple[datas
     images = load_table(data, cache_dir) if data.choice_model or compared else None
     if images is not None and content_digest(images, data) != cache.settings.get("content"):
         raise UserError(f"{data.source} (split {data.split}) is not the data that --cached_dataset {cache.folder} was made "
-                        "of, or not in its order: name no data and take the cache's rows, or cache again into an empty folder")
+                        "of, or not in its order: name no data and take the cache's rows, or cache again into an empty "
+                        "folder")
     return cache.rows(), images
 
 

@@ -43,7 +43,7 @@ class StepScalars:
 
 
 class EventLog:
-    """A file of JSON lines in output_dir, written by the main process, that a resumed run continues from where it resumes."""
+    """A file of JSON lines in output_dir, written by the main process, which a resumed run continues where it resumes."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -124,7 +124,8 @@ def store_weights_once(accelerator: Accelerator, weights: WholeWeights | LoraWei
 
 # --- saving ------------------------------------------------------------------------------------------------------------
 
-def save_checkpoint(run: Run, weights: WholeWeights | LoraWeights, model: nn.Module, schedule, step: int, record: dict) -> Path:
+def save_checkpoint(run: Run, weights: WholeWeights | LoraWeights, model: nn.Module, schedule, step: int,
+                    record: dict) -> Path:
     """Write OUTPUT_DIR/checkpoint-STEP; every process must call this. `record` goes into its progress.json.
 
     Older ones beyond the limit go once the new one was read back. Raises UserError on every process when one cannot
@@ -141,7 +142,8 @@ def save_checkpoint(run: Run, weights: WholeWeights | LoraWeights, model: nn.Mod
             weights.save(run.accelerator, model, aside)
         with writing(str(final), run.output_dir):
             if run.main:
-                progress = {"step": step, "lr_scheduler": schedule.state_dict(), "record": record, "settings": run.settings()}
+                progress = {"step": step, "lr_scheduler": schedule.state_dict(), "record": record,
+                            "settings": run.settings()}
                 write_text(aside / PROGRESS, json.dumps(progress, default=str))
                 write_manifest(aside)
                 put_in_place(aside, final)

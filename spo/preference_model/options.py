@@ -50,8 +50,8 @@ class SPMOptions:
 
 SPM_GROUPS = [ModelOptions, SPMMemoryOptions, DataOptions, ObjectiveOptions, SPMOptimizerOptions, SPMRunOptions]
 NAMES = {  # of train.py's options, those that are read here
-    "pretrained_model_name_or_path", "revision", "pretrained_vae_model_name_or_path", "sdxl", "cache_dir", "max_sequence_length",
-    "timestep_sampling", "logit_mean", "logit_std", "timestep_shift",
+    "pretrained_model_name_or_path", "revision", "pretrained_vae_model_name_or_path", "sdxl", "cache_dir",
+    "max_sequence_length", "timestep_sampling", "logit_mean", "logit_std", "timestep_shift",
     "mixed_precision", "allow_tf32", "gradient_checkpointing",
     "dataset_name", "dataset_config_name", "train_data_dir", "split", "dataset_shards", "caption_column", "winner_column",
     "loser_column", "label_column", "resolution",
@@ -66,7 +66,8 @@ def parse_spm_options(argv: list[str] | None = None, description: str | None = N
     """Command line and --config FILE.yaml (the command line wins) -> checked options; options.more[0] is the SPMOptions.
     Raises UserError."""
     (*groups, own), given = parse([*SPM_GROUPS, SPMOptions], argv, program="python -m spo.preference_model.train",
-                                  description=description, configurable=True, only=NAMES | {*SPMOptions.__dataclass_fields__})
+                                  description=description, configurable=True,
+                                  only=NAMES | {*SPMOptions.__dataclass_fields__})
     options = TrainOptions(*groups, given, [own])
     options.objective.train_method = "spm"
     check_run_options(options)

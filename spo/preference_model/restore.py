@@ -36,15 +36,17 @@ class Restorer:
 
     @torch.no_grad()
     def images(self, batch: dict, timestep: Tensor) -> Tensor:
-        """(2B, 3, H, W) around [-1, 1], images 0 first: noised to timestep (B,) with the pair's one noise, x0-hat decoded."""
+        """(2B, 3, H, W) around [-1, 1], images 0 first: noised to timestep (B,) with a pair's one noise, x0-hat decoded."""
         family = self.family
         text, empty = encode_with_empty(family, batch["caption"], timestep.device)
-        latents = family.latents(family.encode_images(winners_first(batch["pixel_values"])), winners_first(batch["vae_noise"]))
+        moments = family.encode_images(winners_first(batch["pixel_values"]))
+        latents = family.latents(moments, winners_first(batch["vae_noise"]))
         timestep = timestep.repeat(2)
         noisy, _ = family.noise(latents, batch["noise"].repeat(2, 1, 1, 1), timestep)
         rows = torch.arange(len(batch["caption"]), device=timestep.device).repeat(2)
         with self.run.accelerator.autocast():
-            prediction = guided(family, self.network, noisy, timestep, select(text, rows), empty, self.size, self.own.guidance)
+            prediction = guided(family, self.network, noisy, timestep, select(text, rows), empty, self.size,
+                                self.own.guidance)
         return family.decode(family.clean(prediction, noisy, timestep))
 
     @torch.no_grad()

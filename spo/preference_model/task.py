@@ -91,7 +91,8 @@ class SPMTask(StoredPairs):
                      + (str(len(self.validation)) if self.validation else "none") + f"; {self.dataset.pairs.layout}",
             "labels": labels,
             "batch": run.batch_in_words,
-            "steps": f"{self.max_steps}, {self.max_steps * run.pairs_per_step / len(self.dataset):.2f} passes over the pairs",
+            "steps": f"{self.max_steps}, {self.max_steps * run.pairs_per_step / len(self.dataset):.2f} passes over the "
+                     "pairs",
             "optimizer": f"AdamW, learning rate {optimizer.learning_rate:.4g}, {optimizer.lr_warmup_steps} warm-up steps, "
                          "then linear decay",
             "seed": str(run.seed),
@@ -99,7 +100,7 @@ class SPMTask(StoredPairs):
         }
 
     def save_result(self) -> Path:
-        """The weights under the official names; returns where. Every process must call this. Raises UserError on all alike."""
+        """The weights under the official names; returns where. Every process must call this. UserError on all alike."""
         path = self.run.output_dir / WEIGHTS_FILE
         state = whole_state(self.run.accelerator, self.trained)
         with writing(str(path), self.run.output_dir):
