@@ -44,21 +44,17 @@ def read_caption(row: dict, column: str) -> str:
 
 def decode_images(row: dict, columns: list[str]) -> list[Image.Image]:
     """The RGB images of the given columns. Raises BadPair where one cannot be used, or two are the same file."""
-    encoded = []
-    for column in columns:
-        try:
-            encoded.append(image_bytes(row[column]))
-        except BadImage as error:
-            raise BadPair(column, str(error)) from None
+    encoded = [_of_column(column, image_bytes, row[column]) for column in columns]
     if len(encoded) == 2 and encoded[0] == encoded[1]:
         raise BadPair(", ".join(sorted(columns)), "the same image twice: there is nothing to prefer")
-    images = []
-    for column, data in zip(columns, encoded):
-        try:
-            images.append(decode_image(data))
-        except BadImage as error:
-            raise BadPair(column, str(error)) from None
-    return images
+    return [_of_column(column, decode_image, data) for column, data in zip(columns, encoded)]
+
+
+def _of_column(column: str, read, value):
+    try:
+        return read(value)
+    except BadImage as error:
+        raise BadPair(column, str(error)) from None
 
 
 def usable_captions(captions) -> list[str]:

@@ -30,8 +30,3 @@ def cut_square(image: Image.Image, resolution: int, crop: Tensor | None = None, 
 def scale_pixels(pixels: Tensor) -> Tensor:
     """uint8 -> float32 in [-1, 1], the VAE's input."""
     return pixels.float() / 127.5 - 1.0
-
-
-def to_pixels(image: Image.Image, resolution: int, crop: Tensor | None = None, flip: bool = False) -> Tensor:
-    """RGB image -> (3, resolution, resolution) in [-1, 1]: cut_square, scaled."""
-    return scale_pixels(cut_square(image, resolution, crop, flip))

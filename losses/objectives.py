@@ -8,7 +8,7 @@ from torch import Tensor
 from losses.config import LossConfig
 from losses.diffusion_dpo import diffusion_dpo_loss
 from losses.dmpo import dmpo_loss
-from losses.dpop import dpop_logits, dpop_loss
+from losses.dpop import dpop_logits
 from losses.dspo import dspo_loss, dspo_sdxl_loss
 from losses.errors import preference_margin
 from losses.ipo import ipo_loss
@@ -41,7 +41,7 @@ OBJECTIVES = {  # u: the margins (B,); p: the Pairs; c: the LossConfig
     "poly-dpo": lambda u, p, c: poly_dpo_loss(u, c.poly_alpha),
     "linear-dpo": lambda u, p, c: linear_dpo_loss(u, p.error_w, p.error_l, c.linear_eta),
     "ipo": lambda u, p, c: ipo_loss(u, c.ipo_target),
-    "dpop": lambda u, p, c: dpop_loss(dpop_logits(u, p.error_w, p.ref_error_w, c.beta, c.dpop_penalty)),
+    "dpop": lambda u, p, c: diffusion_dpo_loss(dpop_logits(u, p.error_w, p.ref_error_w, c.beta, c.dpop_penalty)),
     "kto": lambda u, p, c: kto_loss(*pair_gains(p.error_w, p.error_l, p.ref_error_w, p.ref_error_l), c.beta, p.kto_z,
                                     c.kto_liked_weight),
 }

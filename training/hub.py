@@ -24,11 +24,12 @@ tags: [text-to-image, diffusers, preference-optimization, {method}]
 SHOWN = ("beta_dpo", "winner_preserving_mu", "dmpo_alpha", "learning_rate", "scale_lr", "train_batch_size",
          "gradient_accumulation_steps", "max_train_steps", "lr_warmup_steps", "resolution", "lora_rank", "seed",
          "mixed_precision")
-
-
-PIPELINE = "The folder opens with `DiffusionPipeline.from_pretrained`."
-ADAPTER = "`pipeline.load_lora_weights` of a pipeline of the base puts `pytorch_lora_weights.safetensors` in."
-UNET = "`unet.pth` is the float32 state dict of the UNet."
+LEFT = {  # by the file that says so
+    "model_index.json": "The folder opens with `DiffusionPipeline.from_pretrained`.",
+    "unet.pth": "`unet.pth` is the float32 state dict of the UNet.",
+    "pytorch_lora_weights.safetensors": "`pipeline.load_lora_weights` of a pipeline of the base puts "
+                                        "`pytorch_lora_weights.safetensors` in.",
+}
 
 
 def model_card(options: TrainOptions, name: str, license: str) -> str:
@@ -38,8 +39,7 @@ def model_card(options: TrainOptions, name: str, license: str) -> str:
                  if objective.safeguarded else "")
     folder, base = Path(options.run.output_dir), options.model.pretrained_model_name_or_path
     local = Path(base).exists()  # the hub refuses a card whose base_model is none of its own
-    left = [text for file, text in (("model_index.json", PIPELINE), ("unet.pth", UNET),
-                                    ("pytorch_lora_weights.safetensors", ADAPTER)) if (folder / file).is_file()]
+    left = [text for file, text in LEFT.items() if (folder / file).is_file()]
     return CARD.format(base=f"`{Path(base).name}`" if local else f"[{base}](https://huggingface.co/{base})",
                        base_model="" if local else f"base_model: {base}\n", method=objective.train_method, name=name,
                        settings=rows, left=" ".join(left), safeguard=safeguard, license=license,

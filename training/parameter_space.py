@@ -9,11 +9,11 @@ counts with its own weight.
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
 
-from losses import LossConfig, PreferenceLoss, parameter_space_scale, preference_loss
 from common.errors import UserError
+from losses import LossConfig, PreferenceLoss, parameter_space_scale, preference_loss
+from models.devices import sharded
 
 
 def parameter_space_gradients(model_pred: Tensor, ref_pred: Tensor, target: Tensor, config: LossConfig,
@@ -38,7 +38,7 @@ def parameter_space_gradients(model_pred: Tensor, ref_pred: Tensor, target: Tens
 
 def check_whole_gradients(accelerator: Accelerator) -> None:
     """Raises UserError where no device has all of a gradient."""
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if sharded(accelerator):
         raise UserError("--winner_preserving_space parameter needs whole gradients on every device, and "
                         f"{accelerator.distributed_type.value} shards them: train with DDP, or in the output space")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from common.options import option, parse
+from common.options import flag_names, option, parse
 from common.train_checks import check_data_options, check_run_options
 from common.train_options import (DataOptions, MemoryOptions, ModelOptions, ObjectiveOptions, OptimizerOptions, RunOptions,
                                   TrainOptions)
@@ -66,8 +66,7 @@ def parse_spm_options(argv: list[str] | None = None, description: str | None = N
     """Command line and --config FILE.yaml (the command line wins) -> checked options; options.more[0] is the SPMOptions.
     Raises UserError."""
     (*groups, own), given = parse([*SPM_GROUPS, SPMOptions], argv, program="python -m spo.preference_model.train",
-                                  description=description, configurable=True,
-                                  only=NAMES | {*SPMOptions.__dataclass_fields__})
+                                  description=description, configurable=True, only=NAMES | flag_names(SPMOptions))
     options = TrainOptions(*groups, given, [own])
     options.objective.train_method = "spm"
     check_run_options(options)

@@ -2,8 +2,12 @@
 
 import torch
 
-from data.images import to_pixels
+from data.images import cut_square, scale_pixels
 from tests.data.tables import stripes
+
+
+def to_pixels(image, resolution, **how):
+    return scale_pixels(cut_square(image, resolution, **how))
 
 
 def test_pixels_are_resized_cropped_flipped_and_scaled():
