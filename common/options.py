@@ -204,7 +204,8 @@ def yaml_words(path: str, declared: dict[str, dataclasses.Field]) -> list[str]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the configuration {path}: {first_line(error)}") from None
+        raise UserError(f"cannot read the configuration {path} ({first_line(error)}): it must be yaml, lines of "
+                        "`flag: value`") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold lines of `flag: value`, not a {type(settings).__name__}")
     words = []

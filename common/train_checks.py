@@ -65,7 +65,7 @@ def check_options(options: TrainOptions) -> None:
         if other:
             raise UserError(f"--winner_preserving_space parameter does not go with {other}: drop one")
     if any("\ud800" <= character <= "\udfff" for character in "".join(run.validation_prompts)):
-        raise UserError("--validation_prompts holds bytes that are not UTF-8 text")
+        raise UserError("--validation_prompts holds bytes that are not UTF-8 text: type them again, or name a UTF-8 file")
     warn_of_ignored(options.groups(), given, objective.train_method)
     _warn_of_combinations(options)
 
@@ -76,10 +76,12 @@ def check_run_options(options: TrainOptions) -> None:
     if not model.pretrained_model_name_or_path:
         raise UserError("name the base model: --pretrained_model_name_or_path (a diffusers folder or a hub id)")
     if not run.output_dir.strip():
-        raise UserError("--output_dir names no folder")
+        raise UserError("--output_dir names no folder: give it one")
     check_tracker(run.report_to)
     if data.resolution is not None and data.resolution % 8:
-        raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}")
+        lower = data.resolution // 8 * 8
+        raise UserError(f"--resolution must be a multiple of 8 (the VAE's downsampling), not {data.resolution}: take "
+                        f"{lower} or {lower + 8}")
     for name, source in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path),
                          ("unet_init", model.unet_init),
                          ("pretrained_vae_model_name_or_path", model.pretrained_vae_model_name_or_path),

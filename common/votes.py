@@ -1,7 +1,7 @@
 """Votes of people, as a page of eval.judge saves them: its plan (what was shown), who judged, and the answers. Imports no
 torch.
 
-    {"page": digest of the plan, "plan": {...}, "judge": {"id", "name"}, "answers": ["left", "tie", ...], "check": "9f3c01aa"}
+    {"page": digest of the plan, "plan": {...}, "judge": {"id", "name"}, "answers": ["left", ...], "check": "9f3c01aa"}
 
 Answer k is of the plan's pair k, so a file may stop anywhere. `check` is a checksum of page, judge and answers: it finds an
 edit by hand, it is no signature.
@@ -127,7 +127,7 @@ def read_ballot(path: str | os.PathLike) -> Ballot:
     if not set(answers) <= set(CHOICES) or checksum(page, judge, answers) != check:
         raise UserError(f"{path}: its answers were edited, or are of another page: save it again from the page")
     if not answers:
-        raise UserError(f"{path} holds no vote")
+        raise UserError(f"{path} holds no vote: judge a pair on its page, or leave it out")
     try:
         images = [Shown(*(_text(image[field]) for field in ("path", "sha256", "model"))) for image in plan["images"]]
         votes = [Vote(_text(pair["prompt"]), images[pair["left"]], images[pair["right"]], answer, pair.get("repeat_of"))

@@ -42,7 +42,7 @@ def main() -> None:
     for name in ("report", "sheet"):
         file = getattr(own, name)
         if file and not Path(file).absolute().parent.is_dir():
-            raise UserError(f"--{name} {file}: there is no folder {Path(file).parent}")
+            raise UserError(f"--{name} {file}: there is no folder {Path(file).parent}: make it, or name another")
     family = None
     if options.model.pretrained_model_name_or_path:
         from models.family import open_family

@@ -149,7 +149,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
             return
         write_json(folder / SETTINGS, settings)
     except OSError as error:
-        raise UserError(f"cannot write to --cached_dataset {folder}: {error.strerror}") from None
+        raise UserError(f"cannot write to --cached_dataset {folder} ({error.strerror}): name another") from None
 
 
 def make_cache(options: TrainOptions, family: Family, accelerator: Accelerator, pairs_per_shard: int,

@@ -38,7 +38,8 @@ def read_pair_folders(folder: Path) -> datasets.Dataset:
                 sorted(here.keys() - there.keys()))
     stems = sorted(winners)
     if not stems:
-        raise UserError(f"{folder / pair[0]} and {folder / pair[1]} hold no images")
+        raise UserError(f"{folder / pair[0]} and {folder / pair[1]} hold no images: put some in, of "
+                        "the same names in both")
     texts = {stem: next((path for place in (folder / pair[0], folder / pair[1], folder)
                          if (path := place / f"{stem}.txt").is_file()), None) for stem in stems}
     _refuse(f"{folder} holds images without a caption, a .txt of the same name", [stem for stem in stems if not texts[stem]])
@@ -62,7 +63,7 @@ def read_listing(path: Path) -> datasets.Dataset:
     from the file's folder. Raises UserError."""
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _jsonl_rows(path)
     if not rows:
-        raise UserError(f"{path} holds no rows")
+        raise UserError(f"{path} holds no rows: write one for each pair")
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
     images = [name for name, cells in columns.items()
               if str(next((cell for cell in cells if cell), "")).lower().endswith(IMAGE_SUFFIXES)]
@@ -104,7 +105,8 @@ def _csv_rows(path: Path) -> list[dict]:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():  # DictReader's name for cells too many, and its filling for those too few
-            raise UserError(f"{path}: row {number} has not as many cells as the header, {', '.join(reader.fieldnames)}")
+            raise UserError(f"{path}: row {number} has not as many cells as the header, {', '.join(reader.fieldnames)}: "
+                            "put cells that hold a delimiter into quotes")
     return [{name: cell or None for name, cell in row.items() if name} for row in rows]  # pandas' index has no name
 
 
@@ -134,4 +136,5 @@ def _table(columns: dict[str, list], images: list[str], source: Path) -> dataset
             table = table.add_column(name, cells, feature=PATHS)
         return table
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, UnicodeEncodeError, TypeError, ValueError) as error:
-        raise UserError(f"{source}: a column holds values of several kinds ({first_line(error, 150)})") from None
+        raise UserError(f"{source}: a column holds values of several kinds ({first_line(error, 150)}): write all of them as "
+                        "numbers, or all as text") from None

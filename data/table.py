@@ -51,7 +51,7 @@ def _read(path: Path, data: DataOptions, cache_dir: str | None) -> datasets.Data
     elif path.is_file():
         table = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=cache_dir)
     elif data.train_data_dir and not path.is_dir():
-        raise UserError(f"--train_data_dir {path}: no such folder or file")
+        raise UserError(f"--train_data_dir {path}: no such folder or file, check the path")
     elif data.dataset_shards:
         from data.shards import load_first_shards
         return load_first_shards(data, cache_dir)

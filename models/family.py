@@ -155,7 +155,8 @@ def read_model_index(base: str, revision: str | None = None, cache_dir: str | No
     if Path(base).exists():
         path = Path(base, "model_index.json")
         if not path.is_file():
-            raise UserError(f"{base} is no diffusers pipeline: it has no model_index.json")
+            raise UserError(f"{base} is no diffusers pipeline: it has no model_index.json; name the folder that has one, or "
+                            "a .safetensors file of SD1.5 or SDXL")
     elif base.startswith((".", "/", "~")) or base.count("/") != 1:
         raise UserError(f"no base model at {base}: no such folder here, and no hub id (ORG/NAME) either")
     else:
@@ -165,7 +166,7 @@ def read_model_index(base: str, revision: str | None = None, cache_dir: str | No
         index["_class_name"]
         return index
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"the model_index.json of {base} is damaged ({first_line(error)})") from None
+        raise UserError(f"the model_index.json of {base} is damaged ({first_line(error)}): download it again") from None
 
 
 def _from_hub(base: str, revision: str | None, cache_dir: str | None) -> str:

@@ -43,7 +43,7 @@ def lora_file(path: str | os.PathLike) -> Path | None:
             with safe_open(path, framework="pt") as handle:
                 return path if is_lora(handle.keys()) else None
         except SafetensorError as error:
-            raise UserError(f"{path} is damaged or no safetensors file: {first_line(error)}") from None
+            raise UserError(f"{path} is damaged or no safetensors file ({first_line(error)}): download it again") from None
     return None
 
 

@@ -64,7 +64,7 @@ def load_network(family: Family, source: str | os.PathLike | None = None, dtype:
     """
     path = None if source is None or str(source) == "base" else Path(source)
     if path in inside:
-        raise UserError(f"{path} names itself as the weights that it was trained on")
+        raise UserError(f"{path} names itself as the weights that it was trained on: merge it into its base by hand")
     init = None  # what LoRA weights are merged into, where it is not the base
     if path is not None and path.is_dir():
         found = weights_in(path, family.backbone)

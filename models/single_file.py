@@ -51,7 +51,7 @@ def pipeline_class(path: Path) -> type:
         with safe_open(path, framework="np") as file:
             keys = set(file.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no .safetensors file: {first_line(error)}") from None
+        raise UserError(f"{path} is damaged or no .safetensors file ({first_line(error)}): download it again") from None
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     if SDXL_KEY in keys:

@@ -41,7 +41,7 @@ def read_torch_file(path: Path):
         raise UserError(f"{path} is no file of plain tensors (it asks to run code when loaded, or is damaged); it was "
                         "refused and nothing in it was executed") from None
     except Exception as error:  # torch's reader raises whatever a damaged file makes it stumble over
-        raise UserError(f"{path} is damaged or no weights file: {first_line(error)}") from None
+        raise UserError(f"{path} is damaged or no weights file ({first_line(error)}): download or save it again") from None
 
 
 def load_strictly(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str | os.PathLike, hint: str = "") -> None:

@@ -175,7 +175,7 @@ def write_run_file(run: Run, starts_over: bool) -> None:
                     set_aside(output_dir, [path for name in RUN_OUTPUTS for path in output_dir.glob(name)], "Starting over")
                 write_json(output_dir / RUN_FILE, run.settings())
             except OSError as error:
-                raise UserError(f"cannot write to --output_dir {output_dir}: {error.strerror}") from None
+                raise UserError(f"cannot write to --output_dir {output_dir} ({error.strerror}): name another") from None
 
 
 def set_aside(output_dir: Path, paths: list[Path], why: str) -> None:

@@ -97,7 +97,8 @@ class LoraWeights:
         state = {key.removeprefix(prefix): value for key, value in load_file(folder / LORA_FILE).items()}
         result = set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(state))
         if result.unexpected_keys:
-            raise UserError(f"{folder} does not fit this run's LoRA: {result.unexpected_keys[:3]}")
+            raise UserError(f"{folder} does not fit this run's LoRA ({', '.join(result.unexpected_keys[:3])}): go back to "
+                            "its --lora_targets, or start over with --resume_from_checkpoint none")
 
 
 def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -210,7 +211,8 @@ def load_checkpoint(run: Run, schedule, folder: Path) -> int:
     except UserError:
         raise
     except Exception as error:  # torch, accelerate and the optimizers raise many kinds for a state that does not fit
-        raise UserError(f"{folder} cannot be resumed: {type(error).__name__}: {first_line(error, 300)}") from None
+        raise UserError(f"{folder} cannot be resumed ({type(error).__name__}: {first_line(error, 300)}): name an earlier "
+                        "one, or none, with --resume_from_checkpoint") from None
     return progress["step"]
 
 
@@ -229,7 +231,7 @@ def refuse_pickles(run: Run, folder: Path) -> None:
             load_plain(states, map_location="cpu")  # torch.load with weights_only, and what random states are made of
         except Exception:  # whatever a damaged file makes torch stumble over
             raise UserError(f"{states} is damaged or asks to run code when loaded: it was refused, nothing in it was "
-                            "executed") from None
+                            "executed; name an earlier checkpoint with --resume_from_checkpoint") from None
     if sharded(run.accelerator) and folder.resolve().parent != run.output_dir.resolve():
         raise UserError(f"{folder} is a sharded checkpoint, a format that can run code when loaded: if you trust it, "
                         f"move it into --output_dir {run.output_dir}")

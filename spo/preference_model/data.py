@@ -54,7 +54,7 @@ class LabelledPairs(PairDataset):
         if len(index) < len(rows):
             warn(f"{len(rows) - len(index)} of {len(rows)} pairs of {source} have no label and are dropped")
         if len(index) == 0:
-            raise UserError(f"{source} holds no labelled pair")
+            raise UserError(f"{source} holds no labelled pair: name the column that decides with --label_column")
         # first_wins has the soft labels here, so that the digest of the pairs knows them.
         pairs = PairTable(table, index, self.labels, layout.caption, layout.images, notes=[], layout=str(layout))
         super().__init__(pairs, data, seed, latent_shape, tokenize=None)
