@@ -6,7 +6,6 @@ policy's predictions at the published sizes, errors, safeguard and the backward 
 
 import warnings
 from types import SimpleNamespace
-from typing import Iterator
 from unittest import mock
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.flow_models import PUBLISHED, make_flow_family, make_transformer, text_of
-from benchmarks.step_memory import MOMENT_BYTES, LiveBytes, as_on_a_gpu
+from benchmarks.step_memory import GIB, MOMENT_BYTES, LiveBytes, as_on_a_gpu, gib, storages
 from common.train_checks import parse_options
 from common.train_options import TrainOptions
 from models.family import Family
@@ -23,7 +22,6 @@ from models.policy import Policy, make_policy
 from training.defaults import settle_defaults
 from training.preference import PreferenceTask, loss_config
 
-GIB = 2.0**30
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight: 4 bits, an 8-bit scale per 64, and a float per 256 of those
 
 
@@ -93,19 +91,6 @@ def make_lora_policy(model: str, family: Family, options: TrainOptions) -> Polic
           mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),  # not for weights without content
           mock.patch("models.policy.cast_compute_weights", norms_in_float32)):
         return make_policy(family, network, options.memory, torch.bfloat16, torch.device("cpu"), needs_reference=True)
-
-
-def storages(tensors) -> Iterator[torch.Tensor]:
-    """The plain tensors that hold a quantised weight; others as they are."""
-    for tensor in tensors:
-        if hasattr(tensor, "__tensor_flatten__"):
-            yield from storages(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        else:
-            yield tensor
-
-
-def gib(tensors) -> float:
-    return sum(tensor.numel() * tensor.element_size() for tensor in storages(tensors)) / GIB
 
 
 # --- the step ------------------------------------------------------------------------------------------------------------

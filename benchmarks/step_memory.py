@@ -1,7 +1,7 @@
 """The memory of a training step, counted with tensors that have shapes but no content; see benchmarks/memory.py."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -25,6 +25,7 @@ from models.speed import recompute_cheap
 from models.stable_diffusion import StableDiffusion15
 from training.defaults import settle_defaults
 
+GIB = 2.0**30
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0.02}  # a parameter; Adafactor keeps rows and columns
 
 
@@ -75,6 +76,19 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
+def storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The plain tensors that hold a quantised weight; others as they are."""
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from storages(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            yield tensor
+
+
+def gib(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(tensor.numel() * tensor.element_size() for tensor in storages(tensors)) / GIB
+
+
 @contextmanager
 def as_on_a_gpu():
     """What CUDA's autocast does and the CPU's does not: norms in float32, attention in bf16 (so by flash attention)."""
@@ -111,7 +125,7 @@ def recompute(unet: nn.Module, family: Family, memory: MemoryOptions) -> None:
 
 def count_step(setting: Setting, batch: int) -> dict[str, float]:
     """GiB by part of a micro-step of `batch` pairs with gradients already there, as while accumulating."""
-    options, samples, side, gib = setting.options(), 2 * batch, RESOLUTIONS[setting.model], 2.0**30
+    options, samples, side = setting.options(), 2 * batch, RESOLUTIONS[setting.model]
     family, lora = make_family(setting.model, options.model), options.model.lora_rank
     with FakeTensorMode():
         policy = make_unet(setting.model).train()
@@ -139,15 +153,15 @@ def count_step(setting: Setting, batch: int) -> dict[str, float]:
             loss = prediction.float().square().mean()
             kept = bytes_.live
             loss.backward()
-        size = {name: sum(tensor.numel() * tensor.element_size() for tensor in tensors) / gib for name, tensors in (
-            ("policy", policy.parameters()), ("reference", [] if lora else reference.parameters()), ("gradients", trainable))}
-    size["moments"] = sum(parameter.numel() for parameter in trainable) * MOMENT_BYTES[options.optimizer.optimizer] / gib
-    reference_weights, offload = size.pop("reference"), options.memory.offload_reference
-    in_policy, in_reference = bytes_.peak / gib, reference_peak / gib + (reference_weights if offload else 0)
+        size = {"policy": gib(policy.parameters()), "gradients": gib(trainable)}
+        reference_weights = 0.0 if lora else gib(reference.parameters())
+    size["moments"] = sum(parameter.numel() for parameter in trainable) * MOMENT_BYTES[options.optimizer.optimizer] / GIB
+    offload = options.memory.offload_reference
+    in_policy, in_reference = bytes_.peak / GIB, reference_peak / GIB + (reference_weights if offload else 0)
     size["reference"] = 0.0 if offload else reference_weights
     size["encoders"], in_vae = count_encoders(setting.model, samples) if setting.official else (0.0, 0.0)
     total = sum(size.values()) + max(in_policy, in_reference, in_vae)
-    return size | {"activations": kept / gib, "total": total}
+    return size | {"activations": kept / GIB, "total": total}
 
 
 def recomputed_share(setting: Setting) -> float:
@@ -178,7 +192,7 @@ def count_encoders(model: str, images: int) -> tuple[float, float]:
         with LiveBytes([pixels, *vae.parameters()]) as bytes_, torch.no_grad():
             vae.encode(pixels)
         weights = sum(parameter.numel() for module in (vae, *texts) for parameter in module.parameters())
-    return 2 * weights / 2.0**30, bytes_.peak / 2.0**30
+    return 2 * weights / GIB, bytes_.peak / GIB
 
 
 def settings(model: str) -> list[Setting]:

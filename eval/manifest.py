@@ -52,17 +52,17 @@ def image_path(manifest: str | os.PathLike, entry: dict) -> Path:
     return beside if path.is_absolute() or beside.exists() or not path.exists() else path
 
 
-def model_names(manifests: list[str], labels: list[str] | None) -> list[str]:
-    """Which model each manifest is of: its label, else the name of its folder, or the whole folder where two end alike.
-    Manifests of one name are one model's. Raises UserError."""
+def model_names(manifests: list[str], labels: list[str] | None, flag: str = "--labels") -> list[str]:
+    """Which model each manifest is of: its label, which `flag` gives, else the name of its folder, or the whole folder where
+    two end alike. Manifests of one name are one model's. Raises UserError."""
     folders = [str(Path(manifest).absolute().parent) for manifest in manifests]
     if labels is None:
         ends = {folder: Path(folder).name or folder for folder in folders}
         names = list(ends.values())
         labels = [ends[folder] if names.count(ends[folder]) == 1 else folder for folder in folders]
     if len(labels) != len(manifests):
-        raise UserError(f"--labels names {len(labels)} models for {len(manifests)} manifests: give one per manifest, the same "
+        raise UserError(f"{flag} names {len(labels)} models for {len(manifests)} manifests: give one per manifest, the same "
                         "one again for another prompt group of a model")
     if not all(label.strip() and is_text(label) for label in labels):
-        raise UserError("--labels must be UTF-8 text, none of them empty")
+        raise UserError(f"{flag} must be UTF-8 text, none of them empty")
     return labels

@@ -17,7 +17,7 @@ from typing import Literal
 from common.errors import UserError, run_program, warn
 from common.files import make_folder, read_json, write_json
 from common.options import option, parse
-from eval.manifest import image_path, read_manifest
+from eval.manifest import image_path, model_names, read_manifest
 from eval.metrics import METRICS, canonical_name, read_config
 from eval.pair_rules import Found, find_pairs, histogram
 from eval.scores import read_scores, scores_beside
@@ -60,8 +60,6 @@ class Candidate:
 
 
 def check_pair_options(options: PairOptions) -> None:
-    if options.models and len(options.models) != len(options.manifests):
-        raise UserError(f"--models names {len(options.models)} models for {len(options.manifests)} manifests")
     if options.rule == "margin" and not options.min_gap:
         raise UserError("--rule margin takes every two images at least --min_gap apart: say how far, or take --rule all")
     if options.rule == "all" and options.min_gap:
@@ -73,7 +71,7 @@ def check_pair_options(options: PairOptions) -> None:
 
 def read_candidates(options: PairOptions) -> dict[str, list[Candidate]]:
     """The scored images of each prompt. Raises UserError for a missing score, and for an image that is gone or changed."""
-    models = options.models or [Path(manifest).absolute().parent.name for manifest in options.manifests]
+    models = model_names(options.manifests, options.models or None, "--models")
     candidates = defaultdict(list)
     for manifest, model in zip(options.manifests, models):
         entries = read_manifest(manifest)

@@ -18,6 +18,12 @@ count_gpus() { # torch is asked, which takes seconds, only where there is a devi
   then "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'; else echo 0; fi
 }
 
+count_processes() { # count_processes [MACHINES]: sets gpus, processes (of all machines; NUM_PROCESSES of this one wins) and config
+  gpus="$(count_gpus)"
+  processes=$(( ${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))} * ${1:-1} ))
+  if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi
+}
+
 first_start() { # first_start WHAT: what a first start waits for before it says anything
   echo "(a first start takes a minute or two before its first line, while Python reads several GB of libraries; later ones take" \
        "20 seconds. What is not on this machine yet is downloaded besides: $*)"

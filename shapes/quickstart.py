@@ -32,9 +32,10 @@ def prepare(output: Path, num_pairs: int) -> None:
     from shapes.pipeline import base_pipeline
 
     base = base_pipeline(output / "base")
-    if not (output / "pairs" / "done").is_file():
+    done = output / "pairs" / "done"
+    if not done.is_file() or done.read_text() != str(num_pairs):
         write_pairs(output / "pairs", num_pairs, seed=1, resolution=32)
-        (output / "pairs" / "done").touch()
+        done.write_text(str(num_pairs))
     print(f"base model in {base}, {num_pairs} preference pairs in {output / 'pairs'}")
 
 

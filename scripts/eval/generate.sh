@@ -24,8 +24,7 @@ for group in "${groups[@]}"; do
   esac
 done
 
-gpus="$(count_gpus)"
-processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
+count_processes
 say "generating on $gpus GPU(s), $processes process(es)"
 if [ "$processes" -gt 1 ]; then
   run "$PYTHON" -m accelerate.commands.launch --quiet --config_file "$ROOT/configs/accelerate/one_node.yaml" \

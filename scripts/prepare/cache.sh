@@ -10,9 +10,7 @@ need_packages
                        "$(basename -s .yaml "$ROOT"/configs/train/*.yaml | grep -v -e spm_ -e _spo | xargs)" >&2; exit 2; }
 preset="$1" folder="$2"; shift 2
 first_start "the base (SD1.5 4 GB, SDXL 14 GB) and the data"
-gpus="$(count_gpus)"
-processes="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
-if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi
+count_processes
 
 say "$preset, cached into $folder by $processes process(es) on $gpus GPU(s)"
 run "$PYTHON" -m accelerate.commands.launch --quiet --config_file "$ROOT/configs/accelerate/$config.yaml" \

@@ -9,10 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 need_packages
 first_start "the base (SD1.5 4 GB, SDXL 14 GB) and the data"
 preset="$1"; shift
-gpus="$(count_gpus)"
-here="${NUM_PROCESSES:-$(( gpus > 0 ? gpus : 1 ))}"
-processes=$(( here * ${NUM_MACHINES:-1} ))  # accelerate counts those of all machines
-if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi
+count_processes "${NUM_MACHINES:-1}"  # accelerate counts those of all machines
 launch=(--config_file "${ACCELERATE_CONFIG:-$ROOT/configs/accelerate/$config.yaml}" --num_processes "$processes")
 [ -n "${NUM_MACHINES:-}" ] && launch+=(--num_machines "$NUM_MACHINES" --machine_rank "${MACHINE_RANK:?the rank of this machine}"
                                        --main_process_ip "${MAIN_ADDRESS:?the address of machine 0}")

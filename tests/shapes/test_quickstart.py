@@ -3,6 +3,7 @@
 import json
 import random
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -10,7 +11,7 @@ from common.errors import UserError
 from eval.metrics import METRICS, load_metric, read_config
 from shapes.drawing import Flaws, parse, render, wrong_colour
 from shapes.oracle import judge
-from shapes.quickstart import MODELS, PARTS, SHOWN, summarise
+from shapes.quickstart import MODELS, PARTS, SHOWN, prepare, summarise
 
 PROMPTS = [f"a red {kind} on a {colour} background" for colour in ("blue", "white", "yellow") for kind in
            ("circle", "square", "triangle", "cross")]
@@ -42,6 +43,16 @@ def test_the_table_and_the_picture(finished, capsys):
     picture = Image.open(finished / "samples.png")
     assert picture.height == 3 * (96 + 4) and picture.width == 90 + SHOWN * 100
     assert picture.getpixel((90 + 2, 2)) == (40, 80, 215)  # the first prompt's background
+
+
+def test_other_pairs_are_made_where_another_number_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shapes.pipeline.base_pipeline", lambda folder: folder)
+    for asked in (4, 4, 6):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+        prepare(tmp_path, asked)
+        [file] = tmp_path.rglob("*.parquet")
+        assert pq.read_metadata(file).num_rows == asked and f"{asked} preference pairs" in capsys.readouterr().out
+    assert before and before[file] != file.stat().st_mtime_ns
 
 
 def test_what_is_missing_is_one_line(finished):
