@@ -126,3 +126,9 @@ def test_what_cannot_be_paired_is_one_line(scored, make_manifest, tmp_path):
     image.unlink()
     refused("cannot be read", base)
     assert not (tmp_path / "out").exists()
+
+
+def test_models_whose_folders_end_alike_are_told_apart(scored, tmp_path):
+    manifests = [scored(f"{run}/eval", [value] * 4, seed=seed) for seed, (run, value) in enumerate((("one", 1), ("two", 2)))]
+    row = make(tmp_path / "pairs", *manifests)[0]
+    assert {row["model_0"], row["model_1"]} == {str(manifest.parent) for manifest in manifests}
