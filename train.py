@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from common.errors import quiet_libraries, run_program
+from common.progress import duration
 from common.train_checks import parse_options
 from common.train_options import TrainOptions
 from prompts import prompts_of
@@ -47,8 +48,7 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
     from models.devices import shard_by
     from training.fit import Outcome, fit
     from training.run import start_run
-    with StopSignal() as stop:
-        run = start_run(options, stop)
+    with StopSignal() as stop, start_run(options, stop) as run:
         shard_by(run.accelerator, family.compiled_blocks)
 
         # 3. What is learned from what: pairs or prompts, policy and reference.
@@ -73,7 +73,11 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
         run.accelerator.end_training()
         if left:
             run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
-            run.say(f"Next: bash scripts/eval/test_{family.name}.sh {trained}{own_base(options, family)}")
+            if replaced := task.record().get("bad_pairs"):
+                run.say(f"{replaced} pairs could not be used and were replaced: {run.output_dir / 'bad_data.jsonl'} says why")
+            base = own_base(options, family)
+            run.say(f"Next: python -m eval.generate --unet_path {trained} --prompts YOUR_PROMPTS.txt{base}\n"
+                    f"      or, with the published prompts and metrics, bash scripts/eval/test_{family.name}.sh {trained}{base}")
             if options.run.push_to_hub and run.main:
                 from training.hub import push
                 run.say(f"Published at {push(options, family.license)}")
@@ -85,14 +89,6 @@ def own_base(options: TrainOptions, family: "Family") -> str:
     side = options.data.resolution
     words = f" --pretrained_model_name_or_path {shlex.quote(options.model.pretrained_model_name_or_path)}"
     return words + (f" --height {side} --width {side}" if side != family.resolution else "")
-
-
-def duration(seconds: float) -> str:
-    """"2 h 5 min", "3 min 20 s", "14 s"."""
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {int(seconds % 60)} s" if minutes else f"{seconds:.0f} s"
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from models.quantize import is_quantized
 from models.weights import unsharded
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+COMFYUI_FILE = "lora_comfyui.safetensors"  # the same, as for_comfyui() names it
 OTHER_BASE = "Is it a checkpoint of another base model?"
 FACTS = ("base", "unet_init", "family", "rank", "alpha", "run")  # what a run adds to its adapter's metadata, besides:
 BASE_WEIGHTS = "base_weights"
@@ -123,6 +124,19 @@ def check_base(family: Family, network: torch.nn.Module, source: str | os.PathLi
         init = f" with the weights {facts['unet_init']}" if facts.get("unet_init") else ""
         warn(f"the LoRA weights {source} were trained on {facts.get('base')}{init}, and the network here has other weights: "
              "its images will be other ones. Name the base that they were trained on")
+
+
+def for_comfyui(state: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """An adapter of LORA_FILE as ComfyUI reads it, and of UNets A1111: UNets' layers in Kohya's names, and scale, alpha over
+    rank, multiplied in, since they take it for 1 where a file has no alpha of its own."""
+    named = {}
+    for key, weight in state.items():
+        layer, end = key.split(".lora", 1)
+        if layer.startswith("unet."):  # lora.down.weight is called lora_down.weight there
+            layer = "lora_unet_" + layer.removeprefix("unet.").replace(".", "_")
+            end = end.replace(".", "_", 1)
+        named[f"{layer}.lora{end}"] = weight * scale if end.startswith(("_up", "_B")) else weight
+    return named
 
 
 # --- putting one in ------------------------------------------------------------------------------------------------------

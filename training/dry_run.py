@@ -7,6 +7,7 @@ import torch
 
 from common.errors import UserError
 from common.locks import release
+from common.progress import duration
 from models.family import Family
 from training.fit import Task, fit
 from training.run import Run
@@ -77,7 +78,7 @@ def report(task: Task, run: Run, family: Family, peak: float, step_time: float, 
         "time": f"{step_time:.3g} s per step, {pairs_per_step / step_time:.3g} pairs/s (the first took {first:.3g} s{how})",
     }
     if task.max_steps:
-        lines["whole run"] = (f"{task.max_steps} steps in {words(task.max_steps * step_time)}, loading, checkpoints and "
+        lines["whole run"] = (f"{task.max_steps} steps in {duration(task.max_steps * step_time)}, loading, checkpoints and "
                               "validation aside")
         lines["disk"] = disk(task, run, family)
     advice = {"less memory": what_lowers_memory(task, run, family), "less time": what_lowers_time(task, run),
@@ -90,6 +91,10 @@ def report(task: Task, run: Run, family: Family, peak: float, step_time: float, 
 
 def nbytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def size(count: float) -> str:
+    return f"{count / GIB:.3g} GiB" if count > GIB / 10 else f"{count / 2**20:.3g} MiB"
 
 
 def optimizer_bytes(run: Run) -> int:
@@ -128,8 +133,7 @@ def disk(task: Task, run: Run, family: Family) -> str:
     others = " and the base's other parts" if not run.options.model.lora_rank or run.options.model.merge_lora else ""
     folder = next(path for path in (run.output_dir.absolute(), *run.output_dir.absolute().parents) if path.is_dir())
     free, needed = shutil.disk_usage(folder).free, count * one + result
-    return (f"{count} checkpoint{'s' * (count > 1)} of {one / GIB:.3g} GiB, the result {result / GIB:.3g} GiB{others}; "
-            f"{free / GIB:.3g} GiB are free" + (": NOT ENOUGH" if free < needed else ""))
+    return (f"{count} checkpoint{'s' * (count > 1)} of {size(one)}, the result {size(result)}{others}; {size(free)} are free" + (": NOT ENOUGH" if free < needed else ""))
 
 
 def total_memory(device: torch.device) -> float:
@@ -138,13 +142,6 @@ def total_memory(device: torch.device) -> float:
         return torch.cuda.get_device_properties(device).total_memory / GIB
     import psutil
     return psutil.virtual_memory().total / GIB
-
-
-def words(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.0f} seconds"
 
 
 # --- advice ------------------------------------------------------------------------------------------------------------
@@ -161,9 +158,9 @@ def what_lowers_memory(task: Task, run: Run, family: Family) -> list[str]:
     if memory.mixed_precision == "no" and run.device.type == "cuda":
         found.append("--mixed_precision bf16")
     if policy and policy.reference is not None and run.device.type == "cuda" and not memory.offload_reference:
-        found.append(f"--offload_reference ({nbytes(policy.reference.parameters()) / GIB:.3g} GiB)")
+        found.append(f"--offload_reference ({size(nbytes(policy.reference.parameters()))})")
     if optimizer.optimizer == "adamw" and (state := optimizer_bytes(run)):
-        found.append(f"--use_8bit_adam ({0.75 * state / GIB:.3g} GiB)")
+        found.append(f"--use_8bit_adam ({size(0.75 * state)})")
     if not options.data.cached_dataset and options.objective.train_method != "spo":
         found.append("--cached_dataset (no VAE, no text encoders: scripts/prepare/cache.sh)")
     if not options.model.lora_rank:

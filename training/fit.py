@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.progress import progress_bar
+from common.progress import duration, progress_bar
 from models.devices import agree
 from training.checkpoints import continuing, read_progress, starts_over
 from training.curves import draw_curves
@@ -21,6 +21,7 @@ from training.records import EventLog, StepScalars, Throughput, peak_memory_gb, 
 from training.run import Run, write_run_file
 from training.state import LoraWeights, WholeWeights, find_checkpoint, load_checkpoint, save_checkpoint, store_weights_once
 
+LONG_STEP = 60.0  # seconds after which a word is due
 DRAWN_FROM = 10  # steps, of which there is something to see in curves.png
 # watch(step, network, scalars): called before the first step, with no scalars, and after each one; after a step of 0
 # micro-batches, with no scalars
@@ -153,22 +154,26 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
         finite, problem, stop_asked = True, None, run.stop.name is not None
         if count:
             accelerator.gradient_accumulation_steps, accelerator.step = count, 0
-            for batch in micro_batches:
+            begun = time.monotonic()
+            for number, batch in enumerate(micro_batches):
                 with accelerator.accumulate(model):
                     result = task.loss(model, batch)
                     accelerator.backward(result.loss * result.weight)
                 scalars.add(result.logs, result.weight)
+                if number == 0 and now.step == first_step:
+                    say_how_long(run, count * (time.monotonic() - begun), count)
             now.step += 1
             norm = gradient_norm(accelerator, model, options.optimizer)
             logs = scalars.reduce(accelerator, grad_norm=norm, stop_share=float(run.stop.name is not None), **task.flags())
             stop_asked = logs.pop("stop_share") > 0
             finite = guard.settle_together(now.step, logs, task.samples)
             problem = task.settle(now.step, logs)
+            rate = schedule.get_last_lr()[0]  # this step's; the schedule moves on with it
             take_step(accelerator, optimizer, schedule, finite)
             if finite:
                 task.stepped()
 
-            logs |= {"skipped_steps": float(guard.skipped_steps), "lr": schedule.get_last_lr()[0],
+            logs |= {"skipped_steps": float(guard.skipped_steps), "lr": rate,
                      "pairs_per_second": throughput(), "peak_memory_gb": peak_memory_gb(run.device)}
             accelerator.log(logs, step=now.step)
             if run.main:
@@ -212,6 +217,13 @@ def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
     if max(now.saved, 0) < now.step:
         save(now.step)
     return Outcome(now.step, finished=True)
+
+
+def say_how_long(run: Run, seconds: float, micro_steps: int) -> None:
+    """Before the first step has ended, where that will be long: nothing else is said until then."""
+    if seconds > LONG_STEP and micro_steps > 1:
+        run.say(f"a step of {micro_steps} micro-steps takes about {duration(seconds)} here, and a signal waits for its end; "
+                "fewer pairs per step (--gradient_accumulation_steps) are faster")
 
 
 def tracker_config(options: dict[str, Any]) -> dict[str, int | float | str | bool]:

@@ -58,7 +58,7 @@ def warn_of_tiny_rate(parameters: list, name: str, lr: float, steps: int) -> Non
     typical = float(largest.detach().abs().mean())
     if lr * steps < NOTICEABLE * typical:
         warn(f"a learning rate of {lr:.3g} over {steps} steps moves a weight by {lr * steps:.1g} at most, where weights are "
-             f"about {typical:.1g}: nothing will be learned. Leave --learning_rate out for the published one, or raise it")
+             f"about {typical:.1g}: nothing will be learned. Raise --learning_rate, or take more steps")
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizerOptions, max_steps: int):

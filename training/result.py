@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.files import make_readable, whole_file
 from models.devices import writing
 from models.family import Family
-from models.lora import LORA_FILE, merge_lora
+from models.lora import COMFYUI_FILE, LORA_FILE, for_comfyui, merge_lora
 from models.networks import load_network
 from models.policy import Policy
 from models.weights import from_hub, load_strictly
@@ -18,8 +18,8 @@ from training.state import LoraWeights, whole_state
 
 
 def save_result(run: Run, family: Family, policy: Policy) -> tuple[str, Path]:
-    """A full diffusers pipeline in output_dir, of a UNet unet.pth too; of LoRA its weights, and the pipeline with them
-    merged unless --merge_lora is off. Returns what was left, in words, and the path that the evaluation takes. Every process
+    """A full diffusers pipeline in output_dir, of a UNet unet.pth too; of LoRA its weights, for ComfyUI too, and the
+    pipeline with them merged unless --merge_lora is off. Returns what was left, in words, and the path that the evaluation takes. Every process
     must call this. Raises UserError on all alike."""
     folder, accelerator = run.output_dir, run.accelerator
     whole = not policy.lora or run.options.model.merge_lora
@@ -27,6 +27,10 @@ def save_result(run: Run, family: Family, policy: Policy) -> tuple[str, Path]:
     with writing(f"the result into {folder}", folder):
         if policy.lora:
             LoraWeights(family, run).save(accelerator, policy.network, folder)
+            if run.main:
+                scale = run.options.model.lora_alpha / run.options.model.lora_rank
+                save_file(for_comfyui(load_file(folder / LORA_FILE), scale), folder / COMFYUI_FILE)
+                make_readable(folder)
         if run.main and whole:
             network = load_network(family, family.options.unet_init)
             if policy.lora:  # into the base as it is on disk: the one in training has weights in the compute dtype

@@ -22,7 +22,7 @@ from training.checkpoints import PROGRESS, list_checkpoints, read_progress
 RUN_FILE = "run.json"
 RESULTS = ("unet.pth", "pytorch_lora_weights.safetensors")
 # What a run leaves in output_dir, besides the pipeline around its network, which the next result replaces whole.
-RUN_OUTPUTS = ("checkpoint-*", RUN_FILE, *RESULTS, "metrics.jsonl", "bad_data.jsonl", "nonfinite.jsonl", "validation",
+RUN_OUTPUTS = ("checkpoint-*", RUN_FILE, *RESULTS, "lora_comfyui.safetensors", "metrics.jsonl", "bad_data.jsonl", "nonfinite.jsonl", "validation",
                "logs", "step-aware_preference_model.bin", "accuracy.json", "train.log", "curves.png")
 
 
@@ -34,6 +34,14 @@ class Run:
     accelerator: Accelerator
     stop: StopSignal
     warnings: list[str] = field(default_factory=list)  # of the step that is under way
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """What ends the run with an error is kept in its log."""
+        if self.main and isinstance(error, UserError):
+            self._log(f"error: {error}")
 
     def say(self, text: str) -> None:
         """Print, and keep in OUTPUT_DIR/train.log; the main process alone."""

@@ -85,6 +85,8 @@ def test_training_on_every_fault_ends_and_counts_agree(faulty, train_run, train_
     train_run(flags(tiny_sd15, folder, tmp_path / "workers", *epoch, "--dataloader_num_workers", 2))
     train_tiny(tmp_path / "two", "--max_train_steps=11", "--max_bad_fraction=1", "--train_batch_size=3", pairs=folder, processes=2)
 
+    replacements = f"{logs[-1]['bad_pairs']:.0f} pairs could not be used and were replaced"
+    assert replacements in (tmp_path / "one" / "train.log").read_text()
     found = events("one")
     assert {dict(event)["row"] for event in found} == replaced
     assert found == events("workers") == events("two")
@@ -96,7 +98,7 @@ def test_too_many_bad_pairs_stop_the_run_with_a_checkpoint(faulty, train_run, ti
     folder, _ = faulty
     with pytest.raises(UserError, match="could not be used, more than --max_bad_fraction 0.01") as error:
         train_run(flags(tiny_sd15, folder, tmp_path, "--max_train_steps", 40))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and f"error: {error.value}\n" in (tmp_path / "train.log").read_text()
     [stopped] = tmp_path.glob("checkpoint-*")
     assert (stopped / "unet.pth").is_file() and not (tmp_path / "unet.pth").exists()
     # Raising the bound lets the same command go on: it is no setting that changes what is learned.

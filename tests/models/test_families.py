@@ -23,6 +23,7 @@ from data.cache import CacheOptions, cache as library_cache
 from eval import generate
 from models.family import FAMILIES, open_family
 from models.guidance import encode_with_empty
+from models.lora import COMFYUI_FILE
 from models.networks import load_network
 from models.sampling import SamplingSettings, sample
 from tests.flow_pipelines import KINDS, build_flow_pipeline
@@ -220,6 +221,14 @@ def test_the_lora_opens_in_diffusers_and_draws_as_the_policy(kind, bases, traine
     adapter = getattr(pipeline, family.backbone).peft_config["default_0"]
     assert adapter.r == 4 and adapter.lora_alpha == 6
     assert (run / "model_index.json").is_file() == (family.backbone == "unet"), "transformers leave the adapter alone"
+    assert grey_levels_apart(policy, pipelines_own(of_comfyui(bases[kind], run), family, kind)) <= 1
+
+
+def of_comfyui(base, run):
+    """The base's pipeline with a run's adapter as for_comfyui() wrote it."""
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(run, weight_name=COMFYUI_FILE)
+    return pipeline
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -23,7 +23,8 @@ def test_a_run_leaves_its_curves_and_its_log(run, tiny_sd15):
         assert picture.format == "PNG" and min(picture.size) > 400
     log = (run / "train.log").read_text()
     assert "Training" in log and "Done in " in log and "warning: step 20: margins" in log
-    assert f"unet.pth --pretrained_model_name_or_path {tiny_sd15}\n" in log, "the command that evaluates this run"
+    for command in ("python -m eval.generate --unet_path {} --prompts YOUR_PROMPTS.txt", "bash scripts/eval/test_sd15.sh {}"):
+        assert f"{command.format(run / 'unet.pth')} --pretrained_model_name_or_path {tiny_sd15}\n" in log
 
 
 def test_metrics_say_when_how_far_and_what_was_warned_of(run):

@@ -30,10 +30,10 @@ def test_memory_time_and_disk_of_the_whole_run_and_nothing_left(base, tmp_path, 
     per_step, pairs = map(float, re.search(r"([\d.]+) s per step, ([\d.]+) pairs/s", line(told, "time")).groups())
     assert pairs == pytest.approx(16 / per_step, rel=0.02) and "2 of its 8 micro-steps" in line(told, "time")
     assert "1000 steps in" in line(told, "whole run")
-    size = 3 * (tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 2**30  # weights and two moments
-    count, one = re.search(r"(\d+) checkpoints of ([\d.e-]+) GiB", line(told, "disk")).groups()
+    size = 3 * (tiny_sd15 / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 2**20  # weights and two moments
+    count, one = re.search(r"(\d+) checkpoints of ([\d.e-]+) MiB", line(told, "disk")).groups()
     assert count == "4" and float(one) == pytest.approx(size, rel=0.05)
-    result = float(re.search(r"the result ([\d.e-]+) GiB and the base's other parts", told).group(1))
+    result = float(re.search(r"the result ([\d.e-]+) MiB and the base's other parts", told).group(1))
     assert result == pytest.approx(size * 2 / 3, rel=0.05), "unet.pth, and the pipeline's"
     assert "--train_batch_size 1 --gradient_accumulation_steps 16" in line(told, "less memory")
     assert "--gradient_checkpointing" in told and "--use_8bit_adam" in told and "--checkpoints_total_limit" in told
@@ -72,6 +72,5 @@ def test_the_result_on_disk_is_what_is_left(backbone, lora_rank, merge_lora, par
     assert dry_run.result_bytes(SimpleNamespace(trained=trained), run, SimpleNamespace(backbone=backbone)) == 4 * parameters
 
 
-def test_durations_in_words():
-    assert [dry_run.words(seconds) for seconds in (3, 119, 150, 7200, 400000)] == [
-        "3 seconds", "119 seconds", "2.5 minutes", "2.0 hours", "4.6 days"]
+def test_sizes_have_their_unit():
+    assert [dry_run.size(count) for count in (3 * 2**20, 5e8, 2**31)] == ["3 MiB", "0.466 GiB", "2 GiB"]

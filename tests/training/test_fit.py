@@ -36,6 +36,19 @@ def test_a_run_takes_its_steps_and_tells_of_each(tmp_path):
     assert checkpoints(tmp_path) == ["checkpoint-4"]
 
 
+def test_the_rate_that_is_logged_is_the_step_s_own(tmp_path):
+    fit_fake(tmp_path, "--lr_warmup_steps=2", "--learning_rate=1e-2")
+    assert [line["lr"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0.0, 5e-3, 1e-2, 1e-2]
+
+
+def test_a_long_step_is_announced(tmp_path, capsys, monkeypatch):
+    fit_fake(tmp_path / "short", "--gradient_accumulation_steps=2")
+    assert "micro-steps" not in capsys.readouterr().out
+    monkeypatch.setattr("training.fit.LONG_STEP", 0.0)
+    fit_fake(tmp_path / "long", "--gradient_accumulation_steps=2")
+    assert capsys.readouterr().out.count("a step of 2 micro-steps takes about 0 s here") == 1
+
+
 def test_micro_batches_are_averaged(tmp_path):
     """Two micro-batches of 8 and their weights make the gradient of their mean."""
     first, weights = [], []
