@@ -20,6 +20,7 @@ from spo.options import SPOOptions, check_spo_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from models.family import Family
     from training.fit import Outcome, Task, Watch
@@ -74,21 +75,21 @@ def train(options: TrainOptions, watch: "Watch | None" = None,
         if left:
             run.say(f"Done in {duration(time.monotonic() - start)}: {left}")
             if replaced := task.record().get("bad_pairs"):
-                run.say(f"{replaced} pairs could not be used and were replaced: {run.output_dir / 'bad_data.jsonl'} says why")
-            base = own_base(options, family)
-            run.say(f"Next: python -m eval.generate --unet_path {trained} --prompts YOUR_PROMPTS.txt{base}\n"
-                    f"      or, with the published prompts and metrics, bash scripts/eval/test_{family.name}.sh {trained}{base}")
+                run.say(f"{replaced} pairs could not be used and were replaced: {run.output_dir}/bad_data.jsonl says why")
+            run.say(what_next(options, family, trained))
             if options.run.push_to_hub and run.main:
                 from training.hub import push
                 run.say(f"Published at {push(options, family.license)}")
     return outcome
 
 
-def own_base(options: TrainOptions, family: "Family") -> str:
-    """What the evaluation has to be told of the base, which may be another than the published one."""
+def what_next(options: TrainOptions, family: "Family", trained: "Path") -> str:
+    """The commands that draw with the result, told of a base and a size that are not the published ones."""
     side = options.data.resolution
-    words = f" --pretrained_model_name_or_path {shlex.quote(options.model.pretrained_model_name_or_path)}"
-    return words + (f" --height {side} --width {side}" if side != family.resolution else "")
+    base = f"--pretrained_model_name_or_path {shlex.quote(options.model.pretrained_model_name_or_path)}"
+    base += f" --height {side} --width {side}" if side != family.resolution else ""
+    return (f"Next: python -m eval.generate --unet_path {trained} --prompts YOUR_PROMPTS.txt {base}\n"
+            f"or, with the published prompts and metrics: bash scripts/eval/test_{family.name}.sh {trained} {base}")
 
 
 def main() -> int:

@@ -133,7 +133,8 @@ def disk(task: Task, run: Run, family: Family) -> str:
     others = " and the base's other parts" if not run.options.model.lora_rank or run.options.model.merge_lora else ""
     folder = next(path for path in (run.output_dir.absolute(), *run.output_dir.absolute().parents) if path.is_dir())
     free, needed = shutil.disk_usage(folder).free, count * one + result
-    return (f"{count} checkpoint{'s' * (count > 1)} of {size(one)}, the result {size(result)}{others}; {size(free)} are free" + (": NOT ENOUGH" if free < needed else ""))
+    return (f"{count} checkpoint{'s' * (count > 1)} of {size(one)}, the result {size(result)}{others}; {size(free)} are free"
+            + (": NOT ENOUGH" if free < needed else ""))
 
 
 def total_memory(device: torch.device) -> float:

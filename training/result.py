@@ -19,8 +19,8 @@ from training.state import LoraWeights, whole_state
 
 def save_result(run: Run, family: Family, policy: Policy) -> tuple[str, Path]:
     """A full diffusers pipeline in output_dir, of a UNet unet.pth too; of LoRA its weights, for ComfyUI too, and the
-    pipeline with them merged unless --merge_lora is off. Returns what was left, in words, and the path that the evaluation takes. Every process
-    must call this. Raises UserError on all alike."""
+    pipeline with them merged unless --merge_lora is off. Returns what was left, in words, and the path that the evaluation
+    takes. Every process must call this. Raises UserError on all alike."""
     folder, accelerator = run.output_dir, run.accelerator
     whole = not policy.lora or run.options.model.merge_lora
     state = None if policy.lora else whole_state(accelerator, policy.network)
