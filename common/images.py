@@ -71,11 +71,16 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadImage(f"{reason}" if str(reason) else type(error).__name__) from None
 
 
-def mode_and_size(data: bytes) -> tuple[str, tuple[int, int]]:
-    """How an image that decode_image reads is stored: RGB, CMYK, ... ("animated" where only its first frame is used), and
-    its width and height."""
+def how_stored(data: bytes) -> tuple[str, bool, tuple[int, int]]:
+    """How an image that decode_image reads is stored: RGB, CMYK, ... ("animated" where only its first frame is used),
+    whether it is laid over white, and its width and height."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return "animated" if getattr(image, "n_frames", 1) > 1 else image.mode, image.size
+        transparent = _transparent(image)
+        return "animated" if getattr(image, "n_frames", 1) > 1 else image.mode, transparent, image.size
+
+
+def _transparent(image: Image.Image) -> bool:
+    return not image.mode.startswith("I") and (image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -92,7 +97,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255, which makes them white
         gray = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray((gray >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if _transparent(image):
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")

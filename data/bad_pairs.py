@@ -1,8 +1,11 @@
-"""What a row of preference pairs must be to be used; anything else has a column and a reason, and the pair is skipped.
+"""What a row of preference pairs must be to be used; anything else has a column and a reason, and the pair is skipped. And how many
+such pairs are too many.
 
 Used as they are: empty or missing captions (the empty prompt), captions of any length (cut to the tokenizer's 77
 tokens), duplicate pairs, and images of every mode and format that common.images reads.
 """
+
+import math
 
 import datasets
 from PIL import Image
@@ -16,6 +19,15 @@ class BadPair(ValueError):
     def __init__(self, column: str, reason: str):
         super().__init__(f"{column}: {reason}")
         self.column, self.reason = column, reason
+
+
+def allowed_bad_pairs(seen: int, fraction: float) -> float:
+    """How many of `seen` pairs may be bad: the fraction of them, and three standard deviations of that count more, so
+    that a run is not stopped by an unlucky beginning. 0 for a fraction of 0; every pair for a fraction of 1.
+    """
+    if fraction in (0.0, 1.0):
+        return fraction * seen
+    return max(1.0, fraction * seen + 3.0 * math.sqrt(fraction * seen))
 
 
 def read_row(table: datasets.Dataset, number: int) -> dict:

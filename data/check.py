@@ -5,7 +5,8 @@
 DATASET is a hub id, a local folder or a file (or name it as train.py does). Reports how it was read (--sheet FILE.png shows
 some pairs so); which pairs would be dropped, used with a remark, or replaced by their neighbour, and why; which
 contradict each other; how labels and image sizes are spread; and, with --pretrained_model_name_or_path, how much of the
-captions its text encoder reads. Exits 1 where more than --max_bad_fraction of the pairs cannot be used.
+captions its text encoder reads. Exits 1 where so many pairs cannot be used that training on them would stop
+(--max_bad_fraction).
 """
 
 import os
@@ -25,7 +26,8 @@ class CheckOptions:
 
     num_workers: int = option(min(8, os.cpu_count() or 1), "processes that read images", at_least=0)
     sheet: str | None = option(None, "draw pairs, winners left, into this PNG")
-    sheet_pairs: int = option(12, "how many it shows, spread over the dataset", at_least=1)
+    sheet_pairs: int = option(12, "how many it shows: up to a third contradict others or are odd, the rest are spread "
+                             "over the dataset", at_least=1)
     report: str | None = option(None, "write each pair that cannot be used to this file, as a line of JSON")
 
 

@@ -34,7 +34,7 @@ def read_pair_folders(folder: Path) -> datasets.Dataset:
     pair = next(pair for pair in FOLDERS if all((folder / name).is_dir() for name in pair))
     winners, losers = (_images_by_stem(folder / name) for name in pair)
     for name, here, there in ((pair[0], winners, losers), (pair[1], losers, winners)):
-        _refuse(f"{folder / name} holds images without a partner of the same name in the other folder",
+        _refuse(folder / name, "image", "without a partner of the same name in the other folder",
                 sorted(here.keys() - there.keys()))
     stems = sorted(winners)
     if not stems:
@@ -42,20 +42,23 @@ def read_pair_folders(folder: Path) -> datasets.Dataset:
                         "the same names in both")
     texts = {stem: next((path for place in (folder / pair[0], folder / pair[1], folder)
                          if (path := place / f"{stem}.txt").is_file()), None) for stem in stems}
-    _refuse(f"{folder} holds images without a caption, a .txt of the same name", [stem for stem in stems if not texts[stem]])
+    _refuse(folder, "pair", "without a caption, a .txt of the same name", [stem for stem in stems if not texts[stem]])
     return _table({"caption": [_read_text(texts[stem]) for stem in stems],
                    "chosen": [str(winners[stem]) for stem in stems], "rejected": [str(losers[stem]) for stem in stems]},
                   ["chosen", "rejected"], folder)
 
 
 def listing_in(folder: Path) -> Path | None:
-    """The one listing that a folder of images holds; None where there is none, where `datasets` has its own reading of the
-    folder (metadata files, parquet), or where there are several."""
+    """The one listing that a folder of images holds; None where there is none, or where `datasets` has its own reading of
+    the folder (metadata files, parquet). Raises UserError where there are several."""
     files = [path for path in folder.iterdir() if path.is_file()]
     if any(path.stem == "metadata" for path in files) or any(folder.rglob("*.parquet")):
         return None
-    found = [path for path in files if path.suffix.lower() in LISTINGS]
-    return found[0] if len(found) == 1 else None
+    found = sorted(path for path in files if path.suffix.lower() in LISTINGS)
+    if len(found) > 1:
+        raise UserError(f"{folder} holds {len(found)} listings ({', '.join(path.name for path in found)}): name one of them "
+                        "with --train_data_dir")
+    return found[0] if found else None
 
 
 def read_listing(path: Path) -> datasets.Dataset:
@@ -77,13 +80,15 @@ def _images_by_stem(folder: Path) -> dict[str, Path]:
     paths = [path.absolute() for path in folder.iterdir()
              if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
     counts = Counter(path.stem for path in paths)
-    _refuse(f"{folder} holds several images of one name", sorted(stem for stem, count in counts.items() if count > 1))
+    _refuse(folder, "name", "with several images", sorted(stem for stem, count in counts.items() if count > 1))
     return {path.stem: path for path in paths}
 
 
-def _refuse(what: str, stems: list[str]) -> None:
+def _refuse(folder: Path, noun: str, fault: str, stems: list[str]) -> None:
+    """Raises UserError where there are stems of this fault."""
     if stems:
-        raise UserError(f"{what}: {len(stems)}, {', '.join(stems[:NAMED])}{', ...' * (len(stems) > NAMED)}")
+        more = f" and {len(stems) - NAMED} more" if len(stems) > NAMED else ""
+        raise UserError(f"{folder} holds {len(stems)} {noun}{'s' * (len(stems) > 1)} {fault}: {', '.join(stems[:NAMED])}{more}")
 
 
 def _read_text(path: Path) -> str:

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, warn
 from common.files import write_text
 from common.progress import progress_bar
 from common.train_options import DataOptions, TrainOptions
-from data.bad_pairs import BadPair, read_caption, read_row
+from data.bad_pairs import BadPair, allowed_bad_pairs, read_caption, read_row
 from data.contradictions import contradictions
-from common.images import BadImage, image_bytes, mode_and_size
-from data.pairs import PairDataset
+from common.images import BadImage, how_stored, image_bytes
+from data.pairs import MAX_PASSED_OVER, PairDataset
 from data.sheet import write_sheet
 from data.choosing import PairTable, choose_pairs
 from data.table import load_table
@@ -24,6 +24,9 @@ from models.family import Family
 
 DECODED_AT = 64  # pixels: enough to see whether an image can be read
 NAMED = 20  # rows that a list names
+FLAT, DUPLICATE = "an image is one flat colour", "duplicate of an earlier pair"
+TWICE = "the same picture twice, in two files: there is nothing to prefer"
+CONVERTED = "image, converted"
 
 
 @dataclass
@@ -68,15 +71,14 @@ class CheckedPairs(torch.utils.data.Dataset):
             except BadImage:  # sft does not read the loser
                 continue
             sha.update(hashlib.sha256(encoded).digest())
-            mode, size = mode_and_size(encoded)
+            mode, transparent, size = how_stored(encoded)
             report.sizes.append(size)
-            if mode != "RGB":
-                over_white = ", over white where transparent" if mode[-1] in "Aa" else ""
-                report.remarks.append(f"{mode} image, converted to RGB{over_white}")
+            if mode != "RGB" or transparent:
+                report.remarks.append(f"{mode} {CONVERTED} to RGB{', over white where transparent' * transparent}")
         if any(image.amin((1, 2)).equal(image.amax((1, 2))) for image in pixels):
-            report.remarks.append("an image is one flat colour")
+            report.remarks.append(FLAT)
         if len(pixels) == 2 and torch.equal(*pixels):
-            report.remarks.append("the same picture twice, in two files: there is nothing to prefer")
+            report.remarks.append(TWICE)
         report.content = sha.digest()
         return report
 
@@ -92,27 +94,45 @@ def look(options: TrainOptions, family: Family | None, workers: int, report_file
     print(f"{data.source}, split {data.split}: {len(table)} rows, {len(pairs)} to train on\n  read as {pairs.layout}")
     for note in pairs.notes:
         print(f"  {note}")
-    if sheet:
-        print(f"  {write_sheet(pairs, sheet, sheet_pairs)} of them are drawn in {sheet}")
     reports = look_through(pairs, data, workers, winners_only)
     bad = [report for report in reports if report.fault]
     used = [report for report in reports if not report.fault]
     assumed = "" if data.resolution or family else " (assumed: name the base with --pretrained_model_name_or_path)"
-    print(*balance(pairs), *sizes(used, resolution, assumed), *opposed(pairs), sep="\n")
-    if family:
-        print(*truncated(used, family), sep="\n")
-    remarks = [(remark, report.row) for report in used for remark in report.remarks]
-    if remarks:
-        print("Used, with a remark:", *grouped(remarks), sep="\n")
+    print(*balance(pairs), *sizes(used, resolution, assumed), sep="\n")
     share = len(bad) / len(reports)
     print(f"Cannot be used, their neighbours take their place: {len(bad)} of {len(reports)} ({share:.2%})",
           *grouped([(f"{report.fault[0]}: {report.fault[1]}", report.row) for report in bad]), sep="\n")
+    contradicting = contradictions(pairs)
+    print(*opposed(contradicting), *truncated(used, family), sep="\n")
+    remarks = [(remark, report.row) for report in used for remark in report.remarks]
+    if remarks:  # the harmless ones last
+        odd, harmless = ([found for found in remarks if (CONVERTED in found[0]) == last] for last in (False, True))
+        print("Used, with a remark:", *grouped(odd), *grouped(harmless), sep="\n")
+    if sheet:
+        marks = marked(reports, contradicting)
+        print(f"{write_sheet(pairs, sheet, sheet_pairs, marks)} of the pairs are drawn in {sheet}")
     if report_file:
         lines = [json.dumps({"row": r.row, "column": r.fault[0], "reason": r.fault[1]}) + "\n" for r in bad]
         write_text(report_file, "".join(lines))
-    if share > data.max_bad_fraction:
-        raise UserError(f"{share:.2%} of the pairs cannot be used, more than --max_bad_fraction {data.max_bad_fraction:g}: "
-                        "training on them would stop; raise the bound there, too, to train on the others")
+    stop_where_training_would(reports, data.max_bad_fraction)
+
+
+def stop_where_training_would(reports: list[PairReport], bound: float) -> None:
+    """Raises UserError where a pass over these pairs would be stopped; warns where more than the bound, but not clearly
+    more, cannot be used."""
+    bad = np.array([report.fault is not None for report in reports])
+    share, count = bad.mean(), int(bad.sum())
+    if count > allowed_bad_pairs(len(bad), bound):
+        raise UserError(f"{share:.2%} of the pairs cannot be used, clearly more than --max_bad_fraction {bound:g}: training "
+                        "on them would stop; raise the bound there, too, to train on the others")
+    good = np.flatnonzero(~np.tile(bad, 2))  # twice: the last pair's neighbour is the first
+    in_a_row, before = max(zip(np.diff(good) - 1, good), default=(len(bad), -1))
+    if in_a_row >= min(len(bad), MAX_PASSED_OVER):
+        raise UserError(f"{in_a_row} pairs in a row cannot be used, from row {reports[(before + 1) % len(bad)].row} on: "
+                        "training would stop there; take them out")
+    if share > bound:
+        warn(f"{share:.2%} of the pairs cannot be used, more than --max_bad_fraction {bound:g}, but not clearly more: "
+             "training on them would go on")
 
 
 def look_through(pairs: PairTable, data: DataOptions, workers: int, winners_only: bool = False) -> list[PairReport]:
@@ -129,7 +149,7 @@ def look_through(pairs: PairTable, data: DataOptions, workers: int, winners_only
     first_with = {}
     for report in reports:
         if report.fault is None and first_with.setdefault(report.content, report.row) != report.row:
-            report.remarks.append("duplicate of an earlier pair")
+            report.remarks.append(DUPLICATE)
     return reports
 
 
@@ -156,9 +176,8 @@ def sizes(reports: list[PairReport], resolution: int, assumed: str = "") -> list
             f"{enlarged}"]
 
 
-def opposed(pairs: PairTable) -> list[str]:
+def opposed(groups: list[list[int]]) -> list[str]:
     """The pairs that contradict each other."""
-    groups = contradictions(pairs)
     if not groups:
         return []
     rows = sum(map(len, groups))
@@ -167,8 +186,23 @@ def opposed(pairs: PairTable) -> list[str]:
             "they cancel out, decide which is right or drop them"]
 
 
-def truncated(reports: list[PairReport], family: Family) -> list[str]:
+def marked(reports: list[PairReport], contradicting: list[list[int]]) -> dict[int, str]:
+    """Index of a pair -> the word for what is wrong with it, where it is to be looked at."""
+    opposed_rows = {row for group in contradicting for row in group}
+    words = {TWICE: "same picture", FLAT: "flat colour", DUPLICATE: "duplicate"}
+    found = {}
+    for index, report in enumerate(reports):
+        word = next((words[remark] for remark in words if remark in report.remarks), None)
+        word = "contradiction" if report.row in opposed_rows else word
+        if word:
+            found[index] = word
+    return found
+
+
+def truncated(reports: list[PairReport], family: Family | None) -> list[str]:
     """The captions that the text encoder does not read to their end."""
+    if family is None:
+        return ["Captions' length was not checked: name the base with --pretrained_model_name_or_path"]
     captions = [report.caption for report in reports]
     tokens, read = family.tokens_read(captions) if captions else (np.zeros(0), np.zeros(0))
     cut = tokens > read

@@ -14,12 +14,15 @@ SIDE, GAP, LINE, CAPTION_LINES = 192, 8, 14, 2
 PAIRS_IN_A_ROW = 3
 
 
-def write_sheet(pairs: PairTable, path: str | os.PathLike, count: int = 12) -> int:
-    """A PNG of `count` pairs, spread evenly over the dataset, captions below them; returns how many could be read."""
+def write_sheet(pairs: PairTable, path: str | os.PathLike, count: int, marks: dict[int, str]) -> int:
+    """A PNG of `count` pairs, captions below them; returns how many could be read. Up to a third are pairs that are marked
+    (index -> a word, shown in red), the others are spread evenly over the dataset."""
     tiles = []
-    for index in sorted({place * len(pairs) // count for place in range(count)}):
+    first = spread(sorted(marks), count // 3)
+    others = [index for index in range(len(pairs)) if index not in first]
+    for index in first + spread(others, count - len(first)):
         try:
-            tiles.append(draw_pair(pairs, index))
+            tiles.append(draw_pair(pairs, index, marks.get(index)))
         except BadPair:
             continue
     width, height = tiles[0].size if tiles else (SIDE, SIDE)
@@ -35,7 +38,12 @@ def write_sheet(pairs: PairTable, path: str | os.PathLike, count: int = 12) -> i
     return len(tiles)
 
 
-def draw_pair(pairs: PairTable, index: int) -> Image.Image:
+def spread(indices: list[int], count: int) -> list[int]:
+    """At most `count` of them, evenly spaced."""
+    return [indices[place] for place in sorted({place * len(indices) // count for place in range(count)})] if indices else []
+
+
+def draw_pair(pairs: PairTable, index: int, mark: str | None = None) -> Image.Image:
     """One pair's tile, or a single image's. Raises BadPair."""
     row, wins = read_row(pairs.rows, int(pairs.index[index])), bool(pairs.first_wins[index])
     columns = pairs.image_columns if wins else pairs.image_columns[::-1]
@@ -49,8 +57,8 @@ def draw_pair(pairs: PairTable, index: int) -> Image.Image:
         tile.paste(image, (place * SIDE + (SIDE - image.width) // 2, LINE + (SIDE - image.height) // 2))
         green = word in ("wins", "liked")
         draw.text((place * SIDE + 4, 1), f"{column} {word}"[:30], fill=(0, 110, 40) if green else (150, 30, 30))
-    text = f"{int(pairs.index[index])}: {read_caption(row, pairs.caption_column)}"
+    text = f"{int(pairs.index[index])}{f' ({mark})' * bool(mark)}: {read_caption(row, pairs.caption_column)}"
     for number, line in enumerate(textwrap.wrap(text, len(images) * 30)[:CAPTION_LINES]):
         printable = line.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font can draw
-        draw.text((4, LINE + SIDE + 2 + number * LINE), printable, fill="black")
+        draw.text((4, LINE + SIDE + 2 + number * LINE), printable, fill=(200, 0, 0) if mark else "black")
     return tile

@@ -144,7 +144,7 @@ class PipelineParts:
 
     def tokens_read(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
         tokenizer = self.tokenizers[self.encoder_names[-1]]
-        lengths = [len(ids) for ids in tokenizer(cut(captions), add_special_tokens=False).input_ids]
+        lengths = [len(ids) for ids in tokenizer(cut(captions), add_special_tokens=False, verbose=False).input_ids]
         return np.array(lengths), np.minimum(lengths, self.caption_room(tokenizer))
 
 

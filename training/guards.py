@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from common.errors import UserError
+from data.bad_pairs import allowed_bad_pairs
 from data.pairs import PairDataset
 from models.devices import writing
 from training.records import EventLog
@@ -19,15 +20,6 @@ BAD_DATA_FILE, NONFINITE_FILE = "bad_data.jsonl", "nonfinite.jsonl"
 
 
 # --- rules ----------------------------------------------------------------------------------------------------
-
-def allowed_bad_pairs(seen: int, fraction: float) -> float:
-    """How many of `seen` pairs may be bad: the fraction of them, and three standard deviations of that count more, so
-    that a run is not stopped by an unlucky beginning. 0 for a fraction of 0; every pair for a fraction of 1.
-    """
-    if fraction in (0.0, 1.0):
-        return fraction * seen
-    return max(1.0, fraction * seen + 3.0 * math.sqrt(fraction * seen))
-
 
 def is_finite(accelerator: Accelerator, logs: dict[str, float]) -> bool:
     """Whether the optimizer may step, from the reduced scalars: the loss is finite, and so is the gradient's norm.

@@ -63,7 +63,8 @@ def test_check_data_counts_what_was_planted(faulty, program, tmp_path):
     assert "1 of 69 pairs dropped without a decision" in told and "2 pairs dropped without a label" in told
     for remark in ("duplicate of an earlier pair (row 49)", "CMYK image", "2 x empty caption", "2 x animated image"):
         assert remark in told
-    assert "\nerror: 18.18% of the pairs cannot be used" in told
+    assert told.index("Cannot be used") < told.index("duplicate of an earlier pair") < told.index("CMYK image")
+    assert "Captions' length was not checked" in told and "\nerror: 18.18% of the pairs cannot be used" in told
 
 
 def flags(base, folder, output, *more) -> list:

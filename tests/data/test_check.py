@@ -2,16 +2,21 @@
 
 import io
 import random
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
+import pytest
 from PIL import Image
 
+from common.errors import UserError
 from common.train_checks import parse_options
 from common.train_options import ModelOptions
 from data.choosing import choose_pairs
 from data.contradictions import contradictions
-from data.look import balance, look_through, opposed, sizes, truncated
+from data.bad_pairs import allowed_bad_pairs
+from data.look import PairReport, balance, look_through, marked, opposed, sizes, stop_where_training_would, truncated
+from data.sheet import spread, write_sheet
 from data.table import load_table
 from models.family import open_family
 
@@ -42,9 +47,12 @@ def test_contradictions_are_found_by_content_in_any_order(tmp_path):
             ("cat", a, c, 0.0),   # another image
             ("owl", c, d, 1.0), ("owl", c, d, 1.0),  # a duplicate, no contradiction
             ("fox", c, d, 1.0), ("fox", d, c, 1.0)]
-    _, pairs = opened(rows, tmp_path)
+    data, pairs = opened(rows, tmp_path)
     assert contradictions(pairs) == [[0, 1, 2, 3], [8, 9]]
-    assert "6 pairs show the same two images" in opposed(pairs)[0] and "rows 0 and 1 and 2 and 3; 8 and 9" in opposed(pairs)[0]
+    line, = opposed(contradictions(pairs))
+    assert "6 pairs show the same two images" in line and "rows 0 and 1 and 2 and 3; 8 and 9" in line
+    assert marked(look_through(pairs, data, 0), contradictions(pairs)) == (
+        dict.fromkeys([0, 1, 2, 3, 8, 9], "contradiction") | {7: "duplicate"})
 
 
 def test_images_of_equal_length_are_told_apart(tmp_path):
@@ -82,9 +90,15 @@ def test_images_that_teach_nothing_are_remarked_on(tmp_path):
 
     picture = Image.open(io.BytesIO(image(0)))
     clear = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
-    rows = [("a", encoded(picture), encoded(picture, compress_level=0), 1.0), ("b", image(2), encoded(clear), 1.0)]
+    palette = picture.quantize(16)
+    rows = [("a", encoded(picture), encoded(picture, compress_level=0), 1.0), ("b", image(2), encoded(clear), 1.0),
+            ("c", encoded(palette, transparency=3), encoded(palette), 1.0), ("d", image(3), encoded(picture, transparency=(1, 2, 3)), 1.0)]
     data, pairs = opened(rows, tmp_path)
-    twice, flat = (report.remarks for report in look_through(pairs, data, 0))
+    reports = look_through(pairs, data, 0)
+    twice, flat, palettes, colour = (report.remarks for report in reports)
+    assert marked(reports, []) == {0: "same picture", 1: "flat colour"}
+    assert palettes == ["P image, converted to RGB, over white where transparent", "P image, converted to RGB"]
+    assert colour == ["RGB image, converted to RGB, over white where transparent"]
     assert [remark[:22] for remark in twice] == ["the same picture twice"]
     assert flat == ["RGBA image, converted to RGB, over white where transparent", "an image is one flat colour"]
 
@@ -103,7 +117,44 @@ def test_the_program_reports_all_of_it(tmp_path, tiny_sd15, program):
     rows.append((rows[3][0], rows[3][2], rows[3][1], rows[3][3]))
     opened(rows, tmp_path)
     told = program("data.check", [tmp_path / "pairs.parquet", "--pretrained_model_name_or_path", tiny_sd15, "--num_workers", 0])
+    assert told.index("Contradictions") < told.index("all of them fit")
     for words in ("9 rows, 9 to train on", "Labels: image 0 wins", "none is enlarged for --resolution 64",
                   "2 pairs show the same two images under one caption with opposite winners (rows 3 and 8)", "all of them fit",
                   "Cannot be used, their neighbours take their place: 0 of 9"):
         assert words in told, told
+
+
+def faults(*bad: int, of: int) -> list[PairReport]:
+    return [PairReport(row, fault=("chosen", "empty image") if row in bad else None) for row in range(of)]
+
+
+def test_the_check_stops_where_a_pass_over_the_data_would(capsys):
+    stop_where_training_would(faults(0, of=154), 0.01)
+    assert not capsys.readouterr().err
+    stop_where_training_would(faults(0, 50, 100, of=154), 0.01)
+    assert "warning: 1.95% of the pairs cannot be used, more than --max_bad_fraction 0.01, but not clearly" in capsys.readouterr().err
+    allowed = int(allowed_bad_pairs(154, 0.01))
+    stop_where_training_would(faults(*range(0, 2 * allowed, 2), of=154), 0.01)
+    with pytest.raises(UserError, match="3.90% of the pairs cannot be used, clearly more than --max_bad_fraction 0.01"):
+        stop_where_training_would(faults(*range(0, 2 * allowed + 2, 2), of=154), 0.01)
+
+
+@pytest.mark.parametrize("bad, of, told", [(range(10, 109), 20_000, None), (range(10, 110), 20_000, "100 pairs in a row .* row 10 on"),
+                                           ([*range(60), *range(19_950, 20_000)], 20_000, "110 pairs .* row 19950 on"),
+                                           (range(3), 3, "3 pairs in a row .* row 0 on"), (range(2), 3, None)])
+def test_too_many_bad_pairs_in_a_row_are_told_whatever_the_bound(bad, of, told):
+    with pytest.raises(UserError, match=told) if told else nullcontext():
+        stop_where_training_would(faults(*bad, of=of), 1.0)
+
+
+def test_captions_without_a_base_are_said_to_be_unchecked():
+    line, = truncated([], None)
+    assert line == "Captions' length was not checked: name the base with --pretrained_model_name_or_path"
+
+
+def test_a_sheet_shows_marked_pairs_first_and_up_to_a_third_of_them(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("data.sheet.draw_pair", lambda pairs, index, mark: drawn.append((index, mark)) or Image.new("RGB", (4, 4)))
+    assert write_sheet(range(100), tmp_path / "a.png", 9, {5: "duplicate", 6: "flat colour", 7: "duplicate", 8: "x"}) == 9
+    assert drawn[:3] == [(5, "duplicate"), (6, "flat colour"), (7, "duplicate")] and len({index for index, _ in drawn}) == 9
+    assert drawn[3][0] == 0 and drawn[-1][0] > 80 and spread([], 3) == []

@@ -191,14 +191,17 @@ def test_faulty_folders_are_one_line(tmp_path):
     folder = pair_folders(tmp_path / "pairs")
     for number in (2, 4):
         next((folder / "l").glob(f"00{number}.*")).rename(folder / f"{number}.kept")
-    refused("w holds images without a partner", "2, 002, 004")
+    refused("w holds 2 images without a partner of the same name in the other folder: 002, 004")
     write(folder / "w" / "001.webp", b"x")
-    refused("several images of one name", "1, 001")
+    refused("w holds 1 name with several images: 001")
     (folder / "l").rename(folder / "losers")
     refused("only one of the folders w/ and l/")
     folder = pair_folders(tmp_path / "other")
     (folder / "w" / "003.txt").unlink()
-    refused("without a caption", "1, 003")
+    refused("other holds 1 pair without a caption, a .txt of the same name: 003")
+    for text in (folder / "w").glob("*.txt"):
+        text.unlink()
+    refused("holds 6 pairs without a caption", ": 000, 001, 002, 003, 004 and 1 more")
     pair_folders(folder, ("chosen", "rejected"))
     refused("two ways")
 
@@ -229,6 +232,14 @@ def test_a_spreadsheet_of_semicolons_and_the_folder_that_holds_it(tmp_path):
         assert str(choose(place).layout) == str(pairs.layout) and len(choose(place)) == len(pairs)
 
 
+def test_a_folder_of_two_listings_asks_for_one_of_them(tmp_path):
+    source = listed(tmp_path, "jsonl")
+    write(tmp_path / "p.jsonl", source.read_bytes())
+    with pytest.raises(UserError, match=r"holds 2 listings \(p.jsonl, pairs.jsonl\): name one of them with --train_data_dir"):
+        choose(tmp_path)
+    assert len(choose(tmp_path / "p.jsonl")) == len(WINS)
+
+
 def test_a_file_that_changes_its_size_changes_the_identity_of_the_rows(tmp_path):
     source = listed(tmp_path, "jsonl")
     data = DataOptions(train_data_dir=str(source))
@@ -245,7 +256,7 @@ def test_the_check_says_how_it_read_the_pairs_and_draws_them(tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", ["check", str(pair_folders(tmp_path / "pairs")), "--sheet", str(sheet), "--num_workers", "0"])
     check.main()
     told = capsys.readouterr().out
-    assert "read as winner / loser in chosen / rejected" in told and "6 of them are drawn" in told
+    assert "read as winner / loser in chosen / rejected" in told and "6 of the pairs are drawn" in told
     picture = np.asarray(Image.open(sheet))
     winner = np.asarray(Image.open(io.BytesIO(WINNERS[0])).convert("RGB"))
     assert picture.shape[1] > 3 * 2 * 64

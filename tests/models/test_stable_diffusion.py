@@ -91,6 +91,7 @@ def test_sd15_embeds_with_the_last_hidden_state(sd15):
 def test_how_much_of_a_caption_is_read(sd15):
     lengths, read = sd15.tokens_read(["a red cat", "word " * 200, ""])
     assert lengths.tolist() == [3, 200, 0] and read.tolist() == [3, 75, 0]
+    assert "sequence-length-is-longer-than-the-specified-maximum" not in sd15.tokenizers["text_encoder"].deprecation_warnings
 
 
 def renamed(pipeline, folder, name, **index):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from training.guards import RunningMean, Watch, allowed_bad_pairs, count_in, is_finite
+from data.bad_pairs import allowed_bad_pairs
+from training.guards import RunningMean, Watch, count_in, is_finite
 from training.optimizers import take_step
 
 
