@@ -24,9 +24,12 @@ count_processes() { # count_processes [MACHINES]: sets gpus, processes (of all m
   if [ "$processes" -gt 1 ]; then config=one_node; elif [ "$gpus" -gt 0 ]; then config=one_gpu; else config=cpu; fi
 }
 
-first_start() { # first_start WHAT: what a first start waits for before it says anything
-  echo "(a first start takes a minute or two before its first line, while Python reads several GB of libraries; later ones take" \
-       "20 seconds. What is not on this machine yet is downloaded besides: $*)"
+first_start() { # first_start WHAT [WORD ...]: what a first start waits for; silent where the words ask for help or name metrics
+  local what="$1" word; shift
+  for word in "$@"; do
+    case "$word" in -h|--help|--metrics|--metrics=*) return 0 ;; esac
+  done
+  echo "(a first start takes a minute or two before its first line; what is not on this machine yet is downloaded: $what)"
 }
 
 say() { printf '\n== %s\n' "$*"; }

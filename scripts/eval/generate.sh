@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 need_packages
-first_start "the base (SD1.5 4 GB, SDXL 14 GB)"
+first_start "the base (SD1.5 4 GB, SDXL 14 GB)" "$@"
 
 groups=(papv2 hpsv2 partiprompts); reading=no
 for word in "$@"; do

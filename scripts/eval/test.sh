@@ -41,6 +41,6 @@ mapfile -t manifests < "$list"
 size="$(sed -E 's/.*_seed[0-9]+_([0-9]+)x([0-9]+)_.*/\1x\2/' <<< "${manifests[0]}")"
 [ "${size%x*}" = "${size#*x}" ] && size="${size%x*}"
 say "scoring"
-first_start "the five metrics (14 GB)"
+first_start "the five metrics (14 GB)" "$@"
 run "$PYTHON" -m eval.score --manifests "${manifests[@]}" --log_file "$(dirname "${manifests[0]}")/joint_test_$size.log" \
   "${score[@]}"

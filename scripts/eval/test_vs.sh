@@ -4,5 +4,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 need_packages
-first_start "the five metrics (14 GB)"
+first_start "the five metrics (14 GB)" "$@"
 run "$PYTHON" -m eval.compare "$@"

@@ -7,8 +7,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 need_packages
-first_start "the base (SD1.5 4 GB, SDXL 14 GB) and the data"
 preset="$1"; shift
+first_start "the base (SD1.5 4 GB, SDXL 14 GB) and the data" "$@"
 count_processes "${NUM_MACHINES:-1}"  # accelerate counts those of all machines
 launch=(--config_file "${ACCELERATE_CONFIG:-$ROOT/configs/accelerate/$config.yaml}" --num_processes "$processes")
 [ -n "${NUM_MACHINES:-}" ] && launch+=(--num_machines "$NUM_MACHINES" --machine_rank "${MACHINE_RANK:?the rank of this machine}"

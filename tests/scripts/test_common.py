@@ -37,3 +37,12 @@ def test_any_python_from_3_10_on_is_tried(tmp_path, version, code, words):
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True,
                             env=os.environ | {"PATH": f"{path}:{os.environ['PATH']}", "PYTHON_BASE": str(fake), "PYTHON": ""})
     assert result.returncode == code and words in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("words, told", [
+    ([], True), (["--limit", "2", "--metrics_config", "m.yaml"], True), (["--seed", "0", "--help"], False), (["-h"], False),
+    (["--metrics", "clip"], False), (["--metrics=clip"], False)])
+def test_what_a_first_start_downloads_is_told_where_something_starts(words, told):
+    script = f'source {ROOT}/scripts/common.sh; first_start "the five metrics (14 GB)" "$@"'
+    printed = subprocess.run(["bash", "-ec", script, "x", *words], capture_output=True, text=True, check=True).stdout
+    assert ("the five metrics (14 GB)" in printed) == told and len(printed.splitlines()) == told

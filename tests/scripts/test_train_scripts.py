@@ -67,10 +67,14 @@ def test_the_published_batch_is_kept_on_any_number_of_processes(processes, accum
 
 
 def test_the_cache_names_every_preset_of_stored_pairs(recorder):
-    ended = subprocess.run(["bash", "scripts/prepare/cache.sh"], cwd=ROOT, capture_output=True, text=True,
-                           env=os.environ | {"PYTHON": sys.executable})
-    named = ended.stderr.partition("PRESET one of ")[2].split()
+    def told(*words):
+        return subprocess.run(["bash", "scripts/prepare/cache.sh", *words], cwd=ROOT, capture_output=True, text=True,
+                              env=os.environ | {"PYTHON": sys.executable})
+
+    named = told().stderr.partition("PRESET one of ")[2].split()
     assert named == [preset for preset in PRESETS if not preset.startswith("spm_") and not preset.endswith("_spo")]
+    usage, help = (text.strip() for text in told("--help").stdout.split("\n", 1))
+    assert usage.split("PRESET one of ")[1].split() == named and help.startswith("usage: python -m data.cache")
 
 
 def test_several_machines_and_a_cache(recorder):
