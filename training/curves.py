@@ -1,9 +1,9 @@
 """A run's own picture: errors against the reference, margin and accuracy, lambda, gradient norm and rate, over the steps.
 
-    python -m training.curves RUN [RUN ...] [--output curves.png]
+    python -m training.curves RUN [RUN ...] [--output FILE.png]
 
-draws several runs together, from their metrics.jsonl. Every training run leaves OUTPUT_DIR/curves.png at its checkpoints
-and at its end.
+draws several runs together, from their metrics.jsonl, into curves_compared.png of the first (one alone: its curves.png).
+Every training run leaves OUTPUT_DIR/curves.png at its checkpoints and at its end.
 """
 
 import sys
@@ -56,12 +56,13 @@ def draw_curves(runs: dict[str, list[dict]], output: Path) -> None:
                 shade = f"C{colour}" if len(runs) > 1 or style == "-" else "C1"
                 axes.plot(*zip(*points), color=shade, alpha=0.2, linewidth=0.6)
                 axes.plot(*zip(*smoothed(points)), style, color=shade, linewidth=1.6, label=label or None)
-            for line in lines:
-                if line.get("warnings"):
-                    axes.axvline(line["step"], color="red", linewidth=0.8, alpha=0.6)
+            warned = [line["step"] for line in lines if line.get("warnings")]
+            colour, label = (f"C{colour}", f"{name}, warned of") if len(runs) > 1 else ("red", None)
+            for step in warned:
+                axes.axvline(step, color=colour, linewidth=0.8, alpha=0.6, label=label if step == warned[0] and number == 0 else None)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
-    figure.supxlabel("optimizer step (red lines: warnings)", fontsize=9)
+    figure.supxlabel(f"optimizer step ({'upright' if len(runs) > 1 else 'red'} lines: warnings)", fontsize=9)
     with whole_file(output) as aside:
         figure.savefig(aside, format="png", dpi=110)
 
@@ -82,7 +83,7 @@ def smoothed(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
 def main() -> None:
     parser = ArgumentParser(prog="python -m training.curves", description="Draw the scalars of training runs together.")
     parser.add_argument("runs", nargs="+", help="output folders of train.py")
-    parser.add_argument("--output", default="curves.png", help="the picture (default: curves.png)")
+    parser.add_argument("--output", help="the picture (default: the first run's curves_compared.png, or curves.png of one alone)")
     options = parser.parse_args(sys.argv[1:])
     from training.records import read_metrics
 
@@ -92,8 +93,9 @@ def main() -> None:
         found[name if name not in found else str(folder)] = lines = read_metrics(Path(folder) / "metrics.jsonl")
         if not lines:
             raise UserError(f"no metrics.jsonl with steps in {folder}: name the output folder of a training run")
-    draw_curves(found, Path(options.output))
-    print(f"wrote {options.output}")
+    output = Path(options.output or Path(options.runs[0], "curves_compared.png" if len(found) > 1 else "curves.png"))
+    draw_curves(found, output)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

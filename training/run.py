@@ -24,7 +24,7 @@ RESULTS = ("unet.pth", "pytorch_lora_weights.safetensors")
 # What a run leaves in output_dir, besides the pipeline around its network, which the next result replaces whole.
 RUN_OUTPUTS = ("checkpoint-*", RUN_FILE, *RESULTS, "lora_comfyui.safetensors", "metrics.jsonl", "bad_data.jsonl",
                "nonfinite.jsonl", "validation", "logs", "step-aware_preference_model.bin", "accuracy.json", "train.log",
-               "curves.png")
+               "curves.png", "curves_compared.png")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """train.py's options: the published program's names and defaults, what contradicts itself, what does nothing."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from common.train_checks import TRACKERS, parse_options
 from tests.stub_family import stub_family
 from training.defaults import settle_defaults
 
+PRESETS = Path(__file__).parents[2] / "configs" / "train"
 BASE = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "pairs"]
 
 # Names and defaults of the published program.
@@ -156,6 +158,23 @@ def test_every_preset_is_the_published_setting(capsys):
         assert values.sdxl == sdxl and values.resolution == (1024 if sdxl else 512)
         assert values.optimizer == ("adafactor" if sdxl else "adamw")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml") if not path.stem.startswith("spm_")
+                                          and not path.stem.endswith("_spo")))
+def test_a_preset_leaves_its_warm_up_to_the_default_where_that_is_the_same(preset):
+    """So that a short run of it warms up in a quarter of its steps, as one without a preset does."""
+    family = stub_family(next(name for name in ("sd15", "sdxl", "sd3", "flux", "qwen_image", "z_image") if preset.startswith(name)))
+
+    def warm_up(*flags):  # the preset's own, and the default
+        options = parse_options(["--config", str(PRESETS / f"{preset}.yaml"), *flags])
+        own, options.optimizer.lr_warmup_steps = options.optimizer.lr_warmup_steps, None
+        settle_defaults(options, family)
+        return own, options.optimizer.lr_warmup_steps
+
+    own, default = warm_up()
+    assert own != default
+    assert own is not None or default == 500 and warm_up("--max_train_steps", "100") == (None, 25)
 
 
 @pytest.mark.parametrize("preset", ["sd3_diffusion_dpo", "sd3_dspo", "sd3_dmpo", "flux_diffusion_dpo", "qwen_image_diffusion_dpo",

@@ -1,11 +1,13 @@
 """A run's own picture and words: curves.png, train.log, what metrics.jsonl has besides the scalars; warnings."""
 
 import json
+from pathlib import Path
 
 import pytest
+from matplotlib import figure
 from PIL import Image
 
-from training.curves import draw_curves, idle, smoothed
+from training.curves import draw_curves, idle, main, smoothed
 from training.guards import Watch
 from training.optimizers import warn_of_tiny_rate
 
@@ -38,6 +40,22 @@ def test_several_runs_are_drawn_together(run, tmp_path, program):
     program("training.curves", [run, run, "--output", tmp_path / "both.png"])
     with Image.open(tmp_path / "both.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_without_output_the_picture_lies_beside_the_first_run(tmp_path, monkeypatch, capsys):
+    drawn = {}
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, aside, **how: drawn.update(picture=self) or aside.write_bytes(b""))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lines = [{"step": step, "train_loss": 1.0, "lr": 1.0} | ({"warnings": ["x"]} if name == "b" else {}) for step in (1, 2)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.chdir(tmp_path)
+    for runs, name in ((["a", "b"], "curves_compared.png"), (["b"], "curves.png")):
+        monkeypatch.setattr("sys.argv", ["curves", *runs])
+        main()
+        assert capsys.readouterr().out == f"wrote {Path(runs[0], name)}\n" and Path(runs[0], name).is_file()
+        legends = [text.get_text() for axes in drawn["picture"].axes if axes.get_legend() for text in axes.get_legend().get_texts()]
+        assert legends.count("b, warned of") == (len(runs) > 1) and "a, warned of" not in legends
 
 
 def test_a_folder_without_metrics_is_one_line(tmp_path, program):
