@@ -19,6 +19,11 @@ CHOICES = {"left": 1.0, "right": -1.0, "tie": 0.0, "bad": 0.0}  # what a choice 
 MIRRORED = {"left": "right", "right": "left", "tie": "tie", "bad": "bad"}
 
 
+def counted(number: int, noun: str) -> str:
+    """1 vote, 2 votes."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 @dataclass(frozen=True)
 class Shown:
     """An image on the page: where it lay, the SHA-256 of its file, and the model that made it."""

@@ -18,7 +18,7 @@ from common.errors import UserError, run_program
 from common.files import make_folder, whole_file
 from common.images import BadImage, image_bytes
 from common.options import option, parse
-from common.votes import Ballot, Judged, Shown, gather, read_votes
+from common.votes import Ballot, Judged, Shown, counted, gather, read_votes
 
 FILE = "train-00000.parquet"
 ROWS_AT_ONCE = 64  # images in memory
@@ -103,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     path = write_pairs(Path(options.output), judged, ballots)
     labels = [label(pair) for pair in judged]
     decided = len(labels) - labels.count(0.5)
-    print(f"wrote {path}: {len(judged)} pairs by {len({ballot.judge for ballot in ballots})} judges, {decided} decided, "
-          f"{labels.count(0.5)} ties that training drops")
+    print(f"wrote {path}: {counted(len(judged), 'pair')} by {counted(len({ballot.judge for ballot in ballots}), 'judge')}, "
+          f"{decided} decided, {counted(labels.count(0.5), 'tie')} that training drops")
 
 
 if __name__ == "__main__":

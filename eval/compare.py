@@ -89,7 +89,8 @@ def summarise(rows: list[dict], options: CompareOptions, pairing: dict) -> dict:
         "averages": {"macro_win_rate_a_over_b": float(np.mean([row["win_rate_a_over_b"] for row in trained])),
                      "micro_win_rate_a_over_b": won / counted if counted else 0.5} if trained else None,
         "pairing": pairing,
-        "intervals": {"method": "percentile bootstrap over prompts", "level": 0.95, "resamples": RESAMPLES},
+        "intervals": {"method": "percentile bootstrap over prompts; where all are won or all lost, exact binomial "
+                                "(Clopper-Pearson) over prompts", "level": 0.95, "resamples": RESAMPLES},
         "test": "two-sided paired sign test over prompts, Holm-corrected over the metrics",
     }
 

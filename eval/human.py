@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 
 from common.errors import UserError
-from common.votes import CHOICES, MIRRORED, Ballot, gather
+from common.votes import CHOICES, MIRRORED, Ballot, counted, gather
 from eval.scores import ScoredImage
 from eval.statistics import outcome, win_rate_interval
 
@@ -91,8 +91,9 @@ def human_lines(row: dict, labels: dict[str, str]) -> list[str]:
         return f"{agreement['share']:.1%}{interval}"
 
     agreed = [f"{labels[metric]} {percent(found)}" for metric, found in row["metrics_agree"].items() if found]
-    lines = [f"Human: {row['total_votes']} votes by {row['judges']} judge{'s' * (row['judges'] != 1)} on {row['pairs_judged']} "
-             f"pairs; {row['both_bad']} votes say both bad",
+    both_bad = "1 vote says" if row["both_bad"] == 1 else f"{row['both_bad']} votes say"
+    lines = [f"Human: {counted(row['total_votes'], 'vote')} by {counted(row['judges'], 'judge')} on "
+             f"{counted(row['pairs_judged'], 'pair')}; {both_bad} both bad",
              f"metrics agree with the votes for a side: {', '.join(agreed) or 'there are none'}"]
     if row["judges_agree"]:
         lines.append(f"two judges of one pair agree: {percent(row['judges_agree'])} of {row['judges_agree']['compared']}")

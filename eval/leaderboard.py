@@ -109,7 +109,8 @@ def human_wins(rows: list[Row], models: list[str], ballots: list[Ballot]) -> np.
 
 
 def board(rows: list[Row], models: list[str], wins: np.ndarray) -> dict:
-    """Win rates and strengths of (rows, M, M) wins; prompts are the units that are resampled."""
+    """Win rates and strengths of (rows, M, M) wins; prompts are the units that are resampled. None is the strength of a model
+    without a comparison, and the interval where fit_with_intervals has none."""
     places = {key: place for place, key in enumerate(dict.fromkeys((row.group, row.prompt) for row in rows))}
     by_prompt = np.zeros((len(places), len(models), len(models)))
     np.add.at(by_prompt, [places[row.group, row.prompt] for row in rows], wins)
@@ -119,7 +120,9 @@ def board(rows: list[Row], models: list[str], wins: np.ndarray) -> dict:
     return {"win_rates": [[total[i, j] / games[i, j] if games[i, j] else None for j in range(len(models))]
                           for i in range(len(models))],
             "compared": games.tolist(),
-            "strengths": strengths.tolist(), "intervals": None if intervals is None else intervals.tolist()}
+            "strengths": [None if np.isnan(strength) else strength for strength in strengths.tolist()],
+            "intervals": intervals if intervals is None else [None if np.isnan(low) else [low, high]
+                                                              for low, high in intervals.tolist()]}
 
 
 def group_means(rows: list[Row], models: list[str], metrics: list[str]) -> dict:
@@ -155,7 +158,7 @@ def make_leaderboard(rows: list[Row], models: list[str], metrics: list[str], bal
     boards |= {metric: board(rows, models, wins[metric]) | {"intervals": None} for metric in untrained}
     order = list(range(len(models)))
     if shown:
-        order = np.argsort(-np.array(next(iter(boards.values()))["strengths"]), kind="stable").tolist()
+        order = np.argsort(-np.array(next(iter(boards.values()))["strengths"], dtype=float), kind="stable").tolist()
     models = [models[place] for place in order]
     for of_board in boards.values():
         for name in ("win_rates", "compared"):
@@ -174,12 +177,21 @@ def labels_of(result: dict) -> dict[str, str]:
             for name in names}
 
 
+def board_notes(boards: dict[str, dict]) -> list[str]:
+    """What a strength or an interval that is missing means, where one is."""
+    notes = {"-: compared with no model": any(None in board["strengths"] for board in boards.values()),
+             "no interval: it won or lost everything, or all prompts agree":
+                 any(interval is None and strength is not None for board in boards.values() if board["intervals"]
+                     for interval, strength in zip(board["intervals"], board["strengths"]))}
+    return [note for note, needed in notes.items() if needed]
+
+
 def board_lines(result: dict) -> list[str]:
     """The tables that the program prints."""
     models, boards, labels, lines = result["models"], result["boards"], labels_of(result), []
 
-    def spread(value: float, interval: list[float] | None, form: str) -> str:
-        return f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")
+    def spread(value: float | None, interval: list[float] | None, form: str) -> str:
+        return "-" if value is None else f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")
 
     for group, means in result["means"].items():
         lines += ["", f"{group}: mean score (95% interval)"]
@@ -190,6 +202,7 @@ def board_lines(result: dict) -> list[str]:
     lines += table([("Model", *map(labels.get, boards)), *(
         (model, *(spread(one["strengths"][i], one["intervals"] and one["intervals"][i], "+.2f") for one in boards.values()))
         for i, model in enumerate(models))])
+    lines += board_notes(boards)
     name, first = next(iter(boards.items()))
     if name in result["untrained"]:
         return [*lines, "", "no metric is trained: these numbers say nothing of the models"]
@@ -215,6 +228,7 @@ def write_leaderboard(folder: Path, result: dict, rows: list[Row], images: str) 
     labels = labels_of(result)
     prompts = len({(row.group, row.prompt) for row in rows})
     return write_page(folder / "leaderboard.html", "leaderboard.html.j2", result=result, labels=labels, prompts=prompts,
+                      notes=board_notes(result["boards"]),
                       data={"models": models, "boards": list(result["boards"].items()), "labels": labels,
                             "metrics": metrics, "untrained": result["untrained"], "rows": gallery})
 

@@ -42,11 +42,15 @@ def win_rate_interval(winners: np.ndarray, prompts: list[str], count_ties: bool 
     """95% interval of A's win rate, resampling prompts.
 
     winners: (N,) of +1 where A wins, -1 where B wins, 0 for a tie; prompts: the N pairs' prompts. A tie counts one
-    half, or not at all with count_ties False. Swapping A and B mirrors the interval. None for a single prompt.
+    half, or not at all with count_ties False. Swapping A and B mirrors the interval. None for a single prompt. Where A wins all
+    or none and so resampling finds no width, the exact binomial interval (Clopper-Pearson) of the prompts that count.
     """
     net = by_prompt(winners, prompts)  # the win rate is 1/2 + net / (2 * count)
     count = by_prompt(np.ones(len(winners)) if count_ties else np.abs(winners), prompts)
     interval = ratio_interval(net, count)
+    if interval in ((1, 1), (-1, -1)):
+        least = 0.025 ** (1 / int((count > 0).sum()))  # of n in n
+        return (least, 1.0) if interval[0] == 1 else (0.0, 1 - least)
     return interval and (0.5 + interval[0] / 2, 0.5 + interval[1] / 2)
 
 

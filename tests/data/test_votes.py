@@ -47,7 +47,7 @@ def test_votes_to_pairs_to_two_training_steps(page, tmp_path, tiny_sd15, train_r
 
     rows = write(tmp_path, write_votes(page, tmp_path / "anna.json", good, "anna"),
                  write_votes(page, tmp_path / "ben.json", ben, "ben"))
-    assert "6 pairs by 2 judges, 5 decided, 1 ties" in capsys.readouterr().out
+    assert "6 pairs by 2 judges, 5 decided, 1 tie that" in capsys.readouterr().out
     assert {row["caption"] for row in rows} >= {HOSTILE} and len(rows) == 6
     for row in rows:
         side = 0 if row["model_0"] == "good" else 1

@@ -71,9 +71,15 @@ def test_judges_and_metrics_agree_as_planted(pairs, page_of, tmp_path):
     assert row["judges_agree"] == {"compared": N, "share": 0.75}
     assert row["metrics_agree"]["metric"]["share"] == 1.0 and row["metrics_agree"]["metric"]["votes"] == 2 * N - N // 4
     assert row["repeated"] == {"pairs": 40, "alike": 40}
-    assert any("100.0% (100% to 100%)" in line for line in human_lines(row, {"metric": "Metric"}))
+    assert any("100.0% (99% to 100%)" in line for line in human_lines(row, {"metric": "Metric"}))
     excluded = human_row(read_votes(files), pairs, ["metric"], False)
     assert excluded["win_rate_a_over_b"] == row["wins_a"] / (row["wins_a"] + row["wins_b"])
+
+
+def test_one_is_singular(pairs, page_of, tmp_path):
+    votes = write_votes(page_of(pairs[:1]), tmp_path / "v.json", lambda *_: "bad")
+    assert human_lines(human_row(read_votes([votes]), pairs[:1], [], True), {})[0] == (
+        "Human: 1 vote by 1 judge on 1 pair; 1 vote says both bad")
 
 
 def test_votes_of_changed_gone_or_other_images_are_one_line(pairs, page_of, tmp_path, capsys):
@@ -127,7 +133,7 @@ def test_compare_shows_the_human_row(make_manifest, metrics_config, tmp_path, ca
                          "--metrics_config", metrics_config, "--outdir", tmp_path / "vs"]) == 0
     [folder] = (tmp_path / "vs").iterdir()
     human = json.loads((folder / "summary.json").read_text())["human"]
-    assert (human["wins_a"], human["wins_b"], human["win_rate_ci95"]) == (8, 0, [1.0, 1.0])
+    assert (human["wins_a"], human["wins_b"], human["win_rate_ci95"]) == (8, 0, [0.025 ** (1 / 8), 1.0])
     told, page = capsys.readouterr().out, (folder / "report.html").read_text()
     assert "| Human " in told and "100.00%" in told and "8 votes by 1 judge" in told and "8 votes by 1 judge" in page
     assert human["sign_test_p"] == 2 / 2**8 and np.isclose(human["metrics_agree"]["clip"]["votes"], 8)

@@ -62,7 +62,7 @@ def test_judged_by_keys_and_touch_closed_opened_again_and_saved(chromium, html, 
     page.locator("#tie").tap()
     page.wait_for_timeout(300)
     page.locator("#left").tap()
-    assert page.locator("#done").is_visible() and "pairs shown twice you judged" in page.locator("#summary").inner_text()
+    assert page.locator("#done").is_visible() and "Of 1 pair shown twice you judged" in page.locator("#summary").inner_text()
     with page.expect_download() as download:
         page.locator("#save-all").tap()
     assert download.value.suggested_filename == "votes.json" and page.faults == []

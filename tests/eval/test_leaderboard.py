@@ -50,6 +50,25 @@ def test_planted_strengths_lie_in_their_intervals():
     assert fit_with_intervals(games(STRENGTHS, 1))[1] is None
 
 
+def test_a_model_without_a_game_moves_no_other():
+    wins = games(STRENGTHS, 50)
+    strengths, intervals = fit_with_intervals(wins)
+    more = np.insert(np.insert(wins, 1, 0, axis=1), 1, 0, axis=2)
+    found, around = fit_with_intervals(more)
+    assert np.isnan(found[1]) and np.isnan(around[1]).all()
+    assert np.array_equal(np.delete(found, 1), strengths) and np.array_equal(np.delete(around, 1, axis=0), intervals)
+
+
+def test_what_would_look_certain_has_no_interval():
+    wins = games(STRENGTHS[:3], 50)
+    wins[:, 0, 1:], wins[:, 1:, 0] = 1, 0  # of which the others' games alone differ
+    assert np.isnan(fit_with_intervals(wins)[1]).all(1).tolist() == [True, False, False]
+    in_order = np.repeat(np.triu(np.ones((3, 3)), 1)[None], 12, axis=0)
+    found, intervals = fit_with_intervals(in_order)
+    assert np.isfinite(found).all() and np.isnan(intervals).all()
+    assert np.isnan(fit_with_intervals(np.full((12, 2, 2), 0.5) * (1 - np.eye(2)))[1]).all()  # ties alone
+
+
 def planted_rows(prompts: int = 150) -> tuple[list[Row], list[str]]:
     """Scores with model k's mean at STRENGTHS[k], the models listed in another order."""
     rng, models = np.random.default_rng(0), ["third", "first", "fourth", "second"]
@@ -88,6 +107,27 @@ def test_untrained_metrics_count_for_nothing():
     assert "HPSv2 (untrained)" in told and "Win rate of the row over the column, all metrics" in told
     none = make_leaderboard(rows, models, ["hpsv2"], [], untrained=["hpsv2"])
     assert none["models"] == models and "no metric is trained" in leaderboard.board_lines(none)[-1]
+
+
+def test_a_board_without_votes_of_a_model(monkeypatch):
+    rows, models = planted_rows(40)
+    rest = make_leaderboard(rows, models, ["clip", "pickscore"], [])
+
+    def votes(rows, models, ballots):  # of "first" and "fourth" alone, all for the first
+        wins = np.zeros((len(rows), len(models), len(models)))
+        wins[:, models.index("first"), models.index("fourth")] = 1
+        return wins
+
+    monkeypatch.setattr(leaderboard, "human_wins", votes)
+    result = make_leaderboard(rows, models, ["clip", "pickscore"], ["a ballot"])
+    human = result["boards"].pop("Human")
+    assert result == rest and human["strengths"][1:3] == [None, None] and human["intervals"] == [None] * 4
+    assert human["strengths"][0] == pytest.approx(-human["strengths"][3]) and human["strengths"][0] > 2
+    json.dumps(human, allow_nan=False)
+    result["boards"]["Human"] = human
+    told = "\n".join(leaderboard.board_lines(result))
+    assert f"| {human['strengths'][0]:+.2f} |" in " ".join(told.split()) and "| second | " in told and "| - |" in " ".join(told.split())
+    assert "-: compared with no model" in told and "no interval: it won or lost everything, or all prompts agree" in told
 
 
 def test_by_hand_with_ties_and_a_missing_image():
@@ -146,6 +186,8 @@ def test_the_program_its_page_and_votes(make_manifest, brightness, browser, tmp_
     assert page.locator(".strength span").first.inner_text() == "bright <b>" and page.locator(".card").count() == 12
     assert page.locator("#tabs button").all_inner_texts() == ["all metrics", "CLIPScore", "PickScore", "Human"]
     page.locator("#tabs button", has_text="Human").click()
+    assert " to " not in page.locator("#strengths").inner_text() and page.locator(".strength i").count() == 0
+    assert "No interval: it won or lost everything, or all prompts agree." in page.locator("main").inner_text()
     assert page.locator("#rates tr").nth(3).locator("td").first.inner_text() == "100.0%"
     page.locator("#filter").fill("onerror")
     assert page.locator(".card .prompt").all_inner_texts() == [hostile] and page.locator(".card figure.won").count() == 1

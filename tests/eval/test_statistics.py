@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 
 from eval.statistics import by_prompt, holm, sign_test, win_rate_interval
 
@@ -29,6 +29,15 @@ def test_repeated_prompts_are_one_unit():
     assert clustered[1] - clustered[0] == pytest.approx(2 * (alone[1] - alone[0]), rel=0.1)  # sqrt(4) times as wide
 
 
+@pytest.mark.parametrize("count_ties", [True, False])
+def test_where_all_prompts_agree_the_interval_is_the_exact_one(count_ties):
+    won, prompts = np.ones(24), [str(index // 2) for index in range(24)]  # 12 prompts
+    exact = binomtest(12, 12).proportion_ci()
+    assert exact.low == pytest.approx(0.735, abs=1e-3)
+    assert win_rate_interval(won, prompts, count_ties) == pytest.approx((exact.low, 1.0))
+    assert win_rate_interval(-won, prompts, count_ties) == pytest.approx((0.0, 1 - exact.low))
+
+
 def test_one_prompt_has_no_interval():
     assert win_rate_interval(np.array([1.0, 1.0, -1.0]), ["a", "a", "a"]) is None
 
@@ -40,7 +49,7 @@ def test_prompts_that_differ_in_a_trailing_null_are_two():
 def test_ties_count_one_half_or_not_at_all():
     winners, prompts = np.array([0.0] * 50 + [1.0] * 50), [str(index) for index in range(100)]
     assert np.mean(win_rate_interval(winners, prompts)) == pytest.approx(0.75, abs=0.02)
-    assert win_rate_interval(winners, prompts, count_ties=False) == (1.0, 1.0)
+    assert win_rate_interval(winners, prompts, count_ties=False) == (0.025 ** (1 / 50), 1.0)  # of those that count
     assert win_rate_interval(np.zeros(10), prompts[:10]) == (0.5, 0.5)
 
 
