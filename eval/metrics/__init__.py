@@ -5,6 +5,7 @@ metric without its model is here; torch and the metric's libraries are imported 
 """
 
 import importlib
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -39,7 +40,10 @@ METRICS = {
 }
 PUBLISHED = ("pickscore", "hpsv2", "aesthetics", "clip", "imagereward")  # the five of the published tables
 ALIASES = {"aes": "aesthetics", "hps": "hpsv2"}  # names of train.py's --choice_model
-OF_EVERY_METRIC = ("class", "label", "untrained")  # settings that are not the class's own
+FOLDER = "folder of the yaml file"  # no name of an argument
+OF_EVERY_METRIC = ("class", "label", "untrained", FOLDER)  # settings that are not the class's own
+FILE_ENDINGS = (".json", ".pt", ".pth", ".bin", ".safetensors", "/")  # of a value that can only be a path
+RELATIVE = "paths in a metrics.yaml are relative to its folder, or else to the working directory"
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "metrics.yaml"
 
 
@@ -57,10 +61,15 @@ def metric_class(name: str) -> "type[Metric]":
         return getattr(importlib.import_module(known.module), known.name)
     from eval.metrics.base import Metric
     try:
-        cls = getattr(importlib.import_module(known.module), known.name)
+        module = importlib.import_module(known.module)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise UserError(f"{name}: the class {known.module}:{known.name} cannot be imported ({first_line(error, 200)}): its "
-                        "folder belongs on PYTHONPATH") from None
+        absent = isinstance(error, ModuleNotFoundError) and f"{known.module}.".startswith(f"{error.name}.")
+        raise UserError(f"{name}: the class {known.module}:{known.name} cannot be imported ({first_line(error, 200)}): "
+                        + ("its folder belongs on PYTHONPATH" if absent else "mend its file")) from None
+    cls = getattr(module, known.name, None)
+    if cls is None:
+        classes = [key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__]
+        raise UserError(f"{name}: {module.__file__} has no class {known.name}: it has {', '.join(classes) or 'none'}")
     if not isinstance(cls, type) or not issubclass(cls, Metric):
         raise UserError(f"{name}: {known.module}:{known.name} is no subclass of eval.metrics.base.Metric (docs/evaluation.md)")
     return cls
@@ -87,7 +96,7 @@ def looks_at(name: str, settings: dict) -> int | None:
 
 def read_config(path: str | os.PathLike | None = None) -> dict[str, dict]:
     """metrics.yaml: for each metric, the arguments of its class and OF_EVERY_METRIC. A value that names a file or folder
-    beside the yaml file means that one. Metrics of one's own are known by name from here on. Raises UserError when the file
+    beside the yaml file means that one; FOLDER is the yaml file's. Metrics of one's own are known by name from here on. Raises UserError when the file
     is missing or no such mapping."""
     path = Path(path or DEFAULT_CONFIG)
     try:
@@ -105,7 +114,7 @@ def read_config(path: str | os.PathLike | None = None) -> dict[str, dict]:
         canonical_name(name)
     return {
         name: {key: str(path.parent / value) if isinstance(value, str) and (path.parent / value).exists() else value
-               for key, value in (section or {}).items()}
+               for key, value in (section or {}).items()} | {FOLDER: str(path.parent.absolute())}
         for name, section in config.items()
     }
 
@@ -135,6 +144,14 @@ def metric_version(name: str, config: dict | str | os.PathLike | None = None) ->
     return " ".join([f"{name} {METRICS[name].revision}", *parts])
 
 
+def absent_paths(cls: "type[Metric]", settings: dict) -> list[str]:
+    """Settings that look like paths, of nothing that exists: a hub's name with one slash may be meant as one; a default is none."""
+    defaults = inspect.signature(cls.__init__).parameters
+    return [value for key, value in settings.items()
+            if isinstance(value, str) and value != defaults[key].default and ":" not in value
+            and ("/" in value or value.endswith(FILE_ENDINGS)) and not Path(value).exists()]
+
+
 def load_metric(name: str, device: str = "cpu", config: dict | str | os.PathLike | None = None) -> "Metric":
     """Load one metric's model.
 
@@ -147,12 +164,20 @@ def load_metric(name: str, device: str = "cpu", config: dict | str | os.PathLike
         UserError: an unknown name or setting, or weights that cannot be loaded or do not fit.
     """
     name, cls = canonical_name(name), metric_class(name)
+    config = config if isinstance(config, dict) else read_config(config)
     settings = metric_settings(name, config)
     unknown = set(settings) - set(cls.settings())
     if unknown:
         raise UserError(f"{name} has no setting {', '.join(sorted(unknown))}: it takes {', '.join(cls.settings())}")
+    folder = Path(config.get(name, {}).get(FOLDER, "")).absolute()
+    absent = [] if METRICS[name].own else absent_paths(cls, settings)  # one's own class reads its settings as it likes
+    for value in absent:
+        if value.endswith(FILE_ENDINGS) or value.startswith((".", "/", "~")) or value.count("/") > 1:
+            raise UserError(f"{name} has no file {folder / value}: {RELATIVE}")
     try:
         metric = cls(device=device, **settings)
+    except UserError as error:
+        raise UserError(f"{error}; nor is there a file {folder / absent[0]}: {RELATIVE}" if absent else str(error)) from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"{name} cannot be loaded: {first_line(error, 200)}") from error
     metric.name, metric.label, metric.version = name, METRICS[name].label, metric_version(name, config)

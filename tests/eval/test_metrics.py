@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -225,6 +226,19 @@ def test_bad_weights_and_settings_are_reported_in_one_line(name, change, said, m
     with pytest.raises(UserError, match=said) as error:
         load_metric(name, config=config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, setting, value", [
+    ("clip", "architecture", "clip/tiny-clip.json"), ("clip", "pretrained", "weights.pt"), ("hpsv2", "checkpoint", "a/b/c"),
+    ("pickscore", "model", "./pickscore"), ("pickscore", "model", "models/pickscore"), ("hpsv2", "checkpoint", "hpsv2/weights"),
+])
+def test_a_path_that_is_nowhere_is_named_in_full(name, setting, value, metrics_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    config = {key: value for key, value in read_config(metrics_config)[name].items() if key in ("model", "architecture", "processor")}
+    (tmp_path / "mine" / "m.yaml").write_text(json.dumps({name: config | {setting: value}}))
+    with pytest.raises(UserError, match=f"no.* file {re.escape(str(tmp_path / 'mine' / value))}: paths in a metrics.yaml are relative"):
+        load_metric(name, config=Path("mine") / "m.yaml")
 
 
 def test_bad_config_file(tmp_path):

@@ -145,11 +145,14 @@ def test_kept_scores_follow_the_classs_file_and_settings(package, tmp_path):
 @pytest.mark.parametrize("cls, said", [
     ("my_file", "must be package.module:Class"), ("my_pkg.my_file:", "must be package.module:Class"),
     ("../x:Y", "must be package.module:Class"), ("my_pkg.nothing:X", "cannot be imported.*PYTHONPATH"),
-    ("my_pkg.my_file:Missing", "cannot be imported.*PYTHONPATH"), ("my_pkg.my_file:no_class", "no subclass of .*Metric"),
+    ("my_pkg.my_file:Rednes", "my_file.py has no class Rednes: it has Redness, Width, Sized, Flat, Broken$"),
+    ("my_pkg:Redness", "__init__.py has no class Redness: it has none"), ("my_pkg.broken:X", r"cannot be imported .*\): mend its file"),
+    ("my_pkg.my_file:no_class", "no subclass of .*Metric"),
 ])
 def test_a_wrong_class_is_reported_in_one_line(cls, said, package, tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump({"mine": {"class": cls}}))
+    (package.parent / "broken.py").write_text("import no_such_module")
     with pytest.raises(UserError, match=said):
         load_metric("mine", config=read_config(path))
 
