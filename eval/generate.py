@@ -6,7 +6,7 @@ Images, manifest and STEM.zip lie beside the weights (or in --output_dir). An in
 Settings are the published ones by default.
 """
 
-from common.errors import quiet_libraries, run_program
+from common.errors import UserError, quiet_libraries, run_program
 from common.options import parse
 from common.train_options import ModelOptions
 from eval.options import SD15, SDXL, GenerateOptions, check_generate_options
@@ -15,15 +15,23 @@ from prompts import read_group
 
 
 def open_base(options: GenerateOptions) -> Family:
-    """The family of the base pipeline, with the published VAE where the options name none. Raises UserError; a wrong path
-    is refused before diffusers is imported."""
+    """The family of the base pipeline, with the published VAE where the options name none. Raises UserError, which names the
+    base of a LoRA file where no base was given; a wrong path is refused before diffusers is imported."""
     model = ModelOptions(options.pretrained_model_name_or_path or (SDXL if options.sdxl else SD15), sdxl=options.sdxl,
                          max_sequence_length=options.max_sequence_length)
-    model = unpacked(model)
-    kind, index = find_family(model)
-    vae = options.pretrained_vae_model_name_or_path
-    model.pretrained_vae_model_name_or_path = kind.evaluation_vae if vae is None else None if vae == "base" else vae
-    return kind(model, index)
+    try:
+        model = unpacked(model)
+        kind, index = find_family(model)
+        vae = options.pretrained_vae_model_name_or_path
+        model.pretrained_vae_model_name_or_path = kind.evaluation_vae if vae is None else None if vae == "base" else vae
+        return kind(model, index)
+    except UserError as error:
+        from models.lora import lora_file, read_facts
+        file = None if options.pretrained_model_name_or_path else lora_file(options.unet_path)
+        base = read_facts(file).get("base") if file else None
+        if base in (None, SD15, SDXL):
+            raise
+        raise UserError(f"this LoRA was trained on {base}: add --pretrained_model_name_or_path {base} ({error})") from None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from models.devices import COMPUTE_DTYPES
 from models.family import Family
 from models.guidance import encode_prompts
 from models.lora import lora_file, read_facts
-from models.networks import load_network, weights_in
+from models.networks import load_network, weights_in, what_is_loaded
 from models.sampling import SamplingSettings, sample
 from models.speed import check_compiler, compile_blocks
 
@@ -61,7 +61,10 @@ def generate(options: GenerateOptions, family: Family, prompts: dict[str, list[s
         state.print(f"{group.folder}: {len(group.jobs) - len(group.missing)} of {len(group.jobs)} images are there")
     state.wait_for_everyone()  # nobody writes before everybody has looked
     try:
-        draw = load_models(options, family, settings, state.device) if any(group.missing for group in ours) else None
+        draw = None
+        if any(group.missing for group in ours):
+            draw = load_models(options, family, settings, state.device)
+            state.print(f"loaded {what_is_loaded(family, options.unet_path)}")
     except UserError:
         for group in ours if state.is_main_process else []:
             abandon_folder(group)

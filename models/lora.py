@@ -73,6 +73,13 @@ def read_facts(source: str | os.PathLike) -> dict[str, str]:
     return {name: metadata[name] for name in FACTS if name in metadata} if BASE_WEIGHTS in metadata else {}
 
 
+def rank_of(file: str | os.PathLike) -> int:
+    """An adapter's rank, the largest where its layers have several."""
+    with safe_open(file, framework="pt") as handle:
+        shapes = [handle.get_slice(key).get_shape() for key in handle.keys() if "lora" in key]
+    return max(min(shape[:2]) for shape in shapes if len(shape) > 1)
+
+
 def facts_of(family: Family, network: torch.nn.Module, options: ModelOptions, run: dict) -> dict[str, str]:
     """The facts of an adapter in training, for its file. run: which one it is."""
     config = network.peft_config["default"]

@@ -9,7 +9,7 @@ import torch
 from common.errors import UserError, first_line
 from common.files import read_json
 from models.family import Family
-from models.lora import LORA_FILE, OTHER_BASE, is_lora, lora_file, merge_lora, read_facts
+from models.lora import LORA_FILE, OTHER_BASE, is_lora, lora_file, merge_lora, rank_of, read_facts
 from models.weights import from_hub, load_strictly, read_state_dict
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
@@ -52,6 +52,28 @@ def weights_in(folder: Path, backbone: str = "unet") -> Path | None:
     return whole if whole.is_file() else lora_file(folder)
 
 
+def merged_into(source: Path, file: Path) -> str | None:
+    """What the LoRA weights of `file` are merged into, where it is not the base: the --unet_init of their run. Its checkpoint's
+    folder `source` says so, or the file, where that is still there; merge_lora warns where it is missed."""
+    init = read_init(source / "progress.json") if (source / "progress.json").is_file() else None
+    told = read_facts(file).get("unet_init")
+    return init or (told if told and Path(told).exists() else None)
+
+
+def what_is_loaded(family: Family, source: str) -> str:
+    """What load_network loads of `source`, in words."""
+    base, path = family.options.pretrained_model_name_or_path, Path(source)
+    if source == "base":
+        return f"the base {base}"
+    found = (weights_in(path, family.backbone) or path) if path.is_dir() else path
+    if not found.exists():
+        return f"the hub's {source}, for {base}"
+    if found.is_file() and lora_file(found):
+        init = merged_into(path, found)
+        return f"LoRA of rank {rank_of(found)} ({found}) on " + (f"{init}, of {base}" if init else str(base))
+    return f"{'weights' if found.suffix in ('.pt', '.bin') else 'whole network'} of {found}"
+
+
 def load_network(family: Family, source: str | os.PathLike | None = None, dtype: torch.dtype = torch.float32,
                  inside: tuple[Path, ...] = (), quantization=None) -> torch.nn.Module:
     """The network of the family's base, with the weights that `source` names put in.
@@ -65,13 +87,10 @@ def load_network(family: Family, source: str | os.PathLike | None = None, dtype:
     path = None if source is None or str(source) == "base" else Path(source)
     if path in inside:
         raise UserError(f"{path} names itself as the weights that it was trained on: merge it into its base by hand")
-    init = None  # what LoRA weights are merged into, where it is not the base
     if path is not None and path.is_dir():
         found = weights_in(path, family.backbone)
         if found is None or found.is_dir():
             return open_network(family, found or path, dtype, quantization)
-        if lora_file(found) and (path / "progress.json").is_file():  # a checkpoint of a LoRA run
-            init = read_init(path / "progress.json")
         path = found
     if path is not None and not path.exists() and path.suffix not in WEIGHT_FILES:
         return _from_hub_id(family, str(source), dtype, quantization)  # a pipeline, a bare network or LoRA
@@ -82,9 +101,7 @@ def load_network(family: Family, source: str | os.PathLike | None = None, dtype:
     state = None if path is None else read_state_dict(path)
     merged = state is not None and is_lora(state)
     first = torch.float32 if merged else dtype
-    if merged and init is None:
-        told = read_facts(path).get("unet_init")
-        init = told if told and Path(told).exists() else None  # merge_lora says so where it is missed
+    init = merged_into(Path(source), path) if merged else None
     network = load_network(family, init, first, (*inside, Path(source))) if init else from_hub(
         family.network, options.pretrained_model_name_or_path, f"the {family.backbone}", subfolder=family.backbone,
         revision=options.revision, cache_dir=options.cache_dir, torch_dtype=first, quantization_config=quantization)

@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from eval import generate, generation
@@ -157,6 +160,31 @@ def test_two_processes_give_the_images_of_one(tiny_sd15, sd15_run, prompt_file, 
     assert (tmp_path / "two" / f"{STEM}.json").exists()
 
 
+@pytest.fixture
+def lora(tiny_sd15, tmp_path) -> Path:
+    """LoRA weights of rank 2 in a run's folder, which name their base."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd15 / "unet")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=convert_state_dict_to_diffusers(
+        get_peft_model_state_dict(unet)))
+    [file] = (tmp_path / "lora").iterdir()
+    save_file(load_file(file), file, metadata={"base": "output/base", "base_weights": "{}"})
+    return file
+
+
+def test_what_is_loaded_is_said(tiny_sd15, sd15_run, lora, prompt_file, tmp_path, capsys):
+    unet = shutil.copytree(tiny_sd15 / "unet", tmp_path / "whole" / "unet")
+    for source, said in (("base", f"the base {tiny_sd15}"), (sd15_run, f"whole network of {sd15_run}"),
+                         (sd15_run.parent, f"whole network of {sd15_run}"), (unet.parent, f"whole network of {unet}"),
+                         (lora, f"LoRA of rank 2 ({lora}) on {tiny_sd15}"), (lora.parent, f"LoRA of rank 2 ({lora}) on {tiny_sd15}")):
+        generate.main(arguments(source, tiny_sd15, prompt_file, "--limit", 1, "--output_dir", tmp_path / "out", "--overwrite"))
+        assert f"loaded {said}\n" in capsys.readouterr().out
+    progress = {"settings": {"unet_init": str(sd15_run)}}
+    (lora.parent / "progress.json").write_text(json.dumps(progress))
+    generate.main(arguments(lora.parent, tiny_sd15, prompt_file, "--limit", 1, "--output_dir", tmp_path / "out", "--overwrite"))
+    assert f"loaded LoRA of rank 2 ({lora}) on {sd15_run}, of {tiny_sd15}\n" in capsys.readouterr().out
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("more, vae, base, opened", [
@@ -189,6 +217,18 @@ def test_what_cannot_work_is_refused_before_anything_is_opened(more, said, monke
     with pytest.raises(UserError, match=said) as error:
         generate.main([str(word) for word in ("--unet_path", "base", "--prompts", "own", *more)])
     assert "\n" not in str(error.value)
+
+
+def test_without_its_base_a_lora_file_names_it(lora, sd15_run, prompt_file, monkeypatch):
+    def absent(options):
+        raise UserError(f"no base {options.pretrained_model_name_or_path}")
+
+    monkeypatch.setattr(generate, "find_family", absent)
+    hint = "this LoRA was trained on output/base: add --pretrained_model_name_or_path output/base"
+    for unet, more, said in ((lora, (), hint), (lora.parent, (), hint), (lora, ("--pretrained_model_name_or_path", "a/b"), "no base a/b$"),
+                             (sd15_run, (), f"no base {SD15}$"), ("base", (), f"no base {SD15}$")):
+        with pytest.raises(UserError, match=f"^{said}"):
+            generate.main([str(word) for word in ("--unet_path", unet, "--prompts", prompt_file, *more)])
 
 
 class Evil:
