@@ -9,6 +9,7 @@ writes votes.json, which eval.compare --votes, eval.leaderboard --votes and data
 
 import hashlib
 import random
+import shlex
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,21 @@ def make_plan(pairs: list[Pair], digests: dict[Path, str], rng: random.Random, r
     return {"images": listed, "pairs": shown}, [one.path for one in images]
 
 
+def what_is_next(page: Path, options: JudgeOptions) -> list[str]:
+    """What to do with the page and with its votes."""
+    lines = [f"next: open {page} in a browser, choose, press \"Save votes\"; then",
+             "  python -m data.votes votes.json --output my_pairs"]
+    names = model_names(options.manifests, options.labels) if options.manifests else []
+    if len(set(names)) == len(names) == 2:
+        (a, b), (label_a, label_b) = options.manifests, names
+        lines.append("  " + shlex.join(["python", "-m", "eval.compare", "--json_a", a, "--json_b", b, "--label_a", label_a,
+                                        "--label_b", label_b, "--votes", "votes.json"]))
+    elif len(set(names)) > 1:
+        lines.append("  " + shlex.join(["python", "-m", "eval.leaderboard", "--manifests", *options.manifests, "--labels", *names,
+                                        "--votes", "votes.json"]))
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
     [options], _ = parse([JudgeOptions], argv, program="python -m eval.judge", description=__doc__)
     if bool(options.manifests) == bool(options.candidates):
@@ -161,12 +177,13 @@ def main(argv: list[str] | None = None) -> None:
     if not kept:
         raise UserError("no pair is left to judge: give manifests or a folder with other images")
 
-    from common.votes import plan_digest
+    from common.votes import counted, plan_digest
     from eval.pages import write_page
     plan, paths = make_plan(kept, {one.path: read[one.path][0] for pair in kept for one in pair}, rng, options.repeat)
     page = write_page(Path(options.output), "judge.html.j2", pairs=len(plan["pairs"]),
                       data={"page": plan_digest(plan), "plan": plan, "images": [read[path][1] for path in paths]})
-    print(f"wrote {page}: {len(plan['pairs'])} pairs of {len(paths)} images, {page.stat().st_size / 2**20:.1f} MB")
+    print(f"wrote {page}: {counted(len(plan['pairs']), 'pair')} of {counted(len(paths), 'image')}, "
+          f"{page.stat().st_size / 2**20:.1f} MB\n" + "\n".join(what_is_next(page, options)))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_a_single_prompt_has_no_interval(make_manifest, metrics_config, tmp_path
     _, folder, summary = run(a, b, metrics_config, tmp_path / "vs", "--metrics", "clip")
     assert summary["metrics"][0]["win_rate_ci95"] is None
     assert re.search(r"^\| CLIPScore .*%\s+\| - ", capsys.readouterr().out, re.MULTILINE)
-    assert '<span class="soft">-</span>' in (folder / "report.html").read_text()
+    assert '<span class="soft nowrap">-</span>' in (folder / "report.html").read_text()
 
 
 def test_missing_images(manifests, metrics_config, tmp_path):

@@ -114,11 +114,24 @@ def test_a_closer_look_and_what_a_screen_reader_says(browser, html):
 def test_all_of_it_is_in_view(browser, html, width, height):
     page = opened(browser, html, width, height)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    for name in ("left", "right", "tie", "bad", "left-figure", "right-figure", "prompt"):
-        box = page.locator(f"#{name}").bounding_box()
+    for name in ("h1", "#left", "#right", "#tie", "#bad", "#left-figure", "#right-figure", "#prompt"):
+        box = page.locator(name).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["y"] + box["height"] <= height, name
     page.wait_for_function("[...document.querySelectorAll('.two img')].every(image => image.naturalWidth === 64)")
+    assert page.locator(".two img.crisp").count() == 2 and page.locator("h1").inner_text() == "Which image is better?"
+    if width < 400:  # the images share the whole width
+        assert page.locator("#left-image").bounding_box()["width"] >= (width - 4) / 2
     page.close()
+
+
+def test_what_to_do_next_is_said(make_manifest, tmp_path, capsys):
+    a, b, c = (make_manifest(name, PROMPTS, seed) for seed, name in enumerate(("a", "b", "c c")))
+    page, out = tmp_path / "page.html", ["--output", tmp_path / "page.html"]
+    first = f'next: open {page} in a browser, choose, press "Save votes"; then\n  python -m data.votes votes.json --output my_pairs\n'
+    for manifests, last in (([a, b], f"eval.compare --json_a {a} --json_b {b} --label_a a --label_b b --votes votes.json\n"),
+                            ([a, b, c], f"eval.leaderboard --manifests {a} {b} '{c}' --labels a b 'c c' --votes votes.json\n")):
+        judge.main(["--manifests", *manifests, *out])
+        assert capsys.readouterr().out.endswith(f"{first}  python -m {last}")
 
 
 def test_a_damaged_store_begins_anew(browser, html):

@@ -197,6 +197,7 @@ def test_the_program_its_page_and_votes(make_manifest, brightness, browser, tmp_
     for width in (1280, 390):
         page.set_viewport_size({"width": width, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert max(page.locator(".wide tr").evaluate_all("all => all.map(row => row.clientHeight)")) < 60  # two lines, not four
     assert page.title() == "Leaderboard: bright <b>, middle, dark" and page.faults == []
     page.close()
 

@@ -136,6 +136,8 @@ def test_fits_a_laptop_and_a_phone(page, width):
     widest = page.evaluate("Math.max(...[...document.querySelectorAll('main *')].filter(e => !e.closest('.tabs'))"
                            ".map(e => e.getBoundingClientRect().right))")
     assert widest <= width
+    assert set(page.locator(".rate .numbers span:has-text('p =')").evaluate_all("all => all.map(e => e.getClientRects().length)")) == {1}
+    page.wait_for_function("document.querySelector('.card img').matches('.crisp')")  # 32 pixels wide
     loaded = page.evaluate("[...document.querySelectorAll('.card img')].slice(0, 2).every(i => i.naturalWidth > 0)")
     assert loaded
 
