@@ -81,7 +81,7 @@ def spo_loss(ratio_w: torch.Tensor, ratio_l: torch.Tensor, beta: float = 10.0) -
     return -F.logsigmoid(beta * (ratio_w.log() - ratio_l.log())).mean()
 
 
-def choose_pairs(scores: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def best_and_worst(scores: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best and the worst member of each pool, and whether the two differ enough to learn from.
 
     scores: (k, N), the pool's k members scored for each of N prompts. Returns best (N,), worst (N,) as rows of the pool

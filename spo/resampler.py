@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from data.draws import seeded_generator
-from losses.spo import choose_pairs
+from losses.spo import best_and_worst
 
 # predict(latents (N, C, h, w), time, prompts (N,)) -> the guided prediction (N, C, h, w);
 # score(clean latents (N, C, h, w), time, prompts (N,)) -> (N,). `prompts` are positions in the batch of prompts, a time is
@@ -130,7 +130,7 @@ def resample(predict: Predict, score: Score, transition: Transition, times: torc
 
 def _compare(scores: torch.Tensor, transitions: list, config: ResamplerConfig, parts: list[Pairs]) -> Comparison:
     """Add the kept pairs of a segment's transitions to `parts`."""
-    best, worst, kept = choose_pairs(scores, config.threshold)
+    best, worst, kept = best_and_worst(scores, config.threshold)
     prompts = kept.nonzero().flatten()
     members = torch.stack([best, worst])[:, kept]  # (2, N)
     for step, x_t, x_next in transitions:

@@ -45,7 +45,7 @@ class RunningMean:
         return self.total / self.weight
 
 
-class Watch:
+class DriftWatch:
     """Warns of the papers' pathology, a winner's error above the reference's, of margins that saturate, of a safeguard that
     never acts, and of one that leaves little but fine-tuning on winners.
 

@@ -23,7 +23,7 @@ from models.family import Family, Text
 from models.policy import MovingReference, Policy, load_policy
 from training.defaults import PUBLISHED_BATCH
 from training.fit import StepLoss
-from training.guards import Watch
+from training.guards import DriftWatch
 from training.optimizers import effective_learning_rate
 from training.parameter_space import check_whole_gradients, parameter_space_loss
 from training.run import Run
@@ -55,7 +55,7 @@ class PreferenceTask(StoredPairs):
         if self.moving and sharded(run.accelerator):
             raise UserError("--reference_ema needs whole weights on every device: train with DDP")
         self.config = loss_config(options.objective, family.name)
-        self.watch = Watch(options.run.watch_winner_rise, options.run.watch_margin, options.objective.safeguarded)
+        self.watch = DriftWatch(options.run.watch_winner_rise, options.run.watch_margin, options.objective.safeguarded)
         self.validation = Validation(run, family, policy, shown)
         if options.objective.safeguards_parameters:
             check_whole_gradients(run.accelerator)

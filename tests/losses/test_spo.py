@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
-from losses.spo import choose_pairs, clipped_ratio, ddim_gaussian, flow_gaussian, gaussian_log_prob, spo_loss
+from losses.spo import best_and_worst, clipped_ratio, ddim_gaussian, flow_gaussian, gaussian_log_prob, spo_loss
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,13 @@ def test_parity_of_log_probs_ratios_loss_and_gradient(step, scheduler):
 
 
 def test_parity_of_the_pool_choice(step):
-    best, worst, kept = choose_pairs(step["pool_scores"], threshold=0.3)
+    best, worst, kept = best_and_worst(step["pool_scores"], threshold=0.3)
     assert torch.equal(torch.stack([best, worst]), step["pool_best_worst"])
     assert torch.equal(kept, step["pool_valid"])
 
 
 def test_equal_scores_are_no_pair():
-    assert not choose_pairs(torch.zeros(4, 3), threshold=0.0)[2].any()
+    assert not best_and_worst(torch.zeros(4, 3), threshold=0.0)[2].any()
 
 
 def test_loss_is_log_two_where_policy_is_reference():

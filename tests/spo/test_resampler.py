@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from scipy.stats import chisquare
 
 from common.errors import UserError
-from losses.spo import choose_pairs, ddim_gaussian
+from losses.spo import best_and_worst, ddim_gaussian
 from models.stable_diffusion import ddim_scheduler
 from spo.resampler import ResamplerConfig, prompt_generator, resample
 
@@ -71,7 +71,7 @@ def test_every_sd15_pool_gives_one_pair_sharing_x_t():
 def test_winner_and_loser_are_the_best_and_worst_of_the_pool_that_was_scored():
     pairs, comparisons, recorder = run(SD15)
     last = recorder.scored[-1][1].unflatten(0, (4, 3))  # timestep 0 scores the candidates themselves
-    best, worst, _ = choose_pairs(comparisons[-1].scores, -1.0)
+    best, worst, _ = best_and_worst(comparisons[-1].scores, -1.0)
     rows = pairs.step == 19
     for prompt in range(3):
         pair = pairs[rows][pairs.prompt[rows] == prompt]
@@ -153,7 +153,7 @@ def test_a_prompt_draws_the_same_in_every_batch():
 def test_threshold_drops_close_pools_and_may_drop_all():
     everything, comparisons, _ = run(SD15)
     some, _, _ = run(ResamplerConfig(threshold=0.3))
-    expected = sum(int(choose_pairs(c.scores, 0.3)[2].sum()) for c in comparisons)
+    expected = sum(int(best_and_worst(c.scores, 0.3)[2].sum()) for c in comparisons)
     assert 0 < len(some) == expected < len(everything)
     none, comparisons, _ = run(ResamplerConfig(threshold=1.0))
     assert len(none) == 0 and none.x_t.shape == (0, 1, *SHAPE) and not any(c.kept.any() for c in comparisons)

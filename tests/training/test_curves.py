@@ -8,7 +8,7 @@ from matplotlib import figure
 from PIL import Image
 
 from training.curves import draw_curves, idle, main, smoothed
-from training.guards import Watch
+from training.guards import DriftWatch
 from training.optimizers import warn_of_tiny_rate
 
 
@@ -75,10 +75,10 @@ def test_a_curve_is_the_mean_of_its_parts():
 
 def test_a_safeguard_that_never_acts_is_warned_of_once():
     quiet = {"avg_lose_l_scale": 1.0, "margin_mean": 0.0, "margin_std": 0.0, "avg_win_diff_loss": 0.0, "ref_mse_unaccumulated": 1.0}
-    watch = Watch(0.1, 10.0, safeguarded=True)
+    watch = DriftWatch(0.1, 10.0, safeguarded=True)
     told = [step for step in range(1, 120) if watch(step, quiet)]
     assert told == [50]
-    watch = Watch(0.1, 10.0, safeguarded=True)
+    watch = DriftWatch(0.1, 10.0, safeguarded=True)
     watch(1, quiet | {"avg_lose_l_scale": 0.7})
     assert not any(watch(step, quiet) for step in range(2, 120))
 

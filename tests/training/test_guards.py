@@ -9,7 +9,7 @@ import torch
 
 from common.errors import UserError
 from data.bad_pairs import allowed_bad_pairs
-from training.guards import RunningMean, Watch, count_in, is_finite
+from training.guards import RunningMean, DriftWatch, count_in, is_finite
 from training.optimizers import take_step
 
 
@@ -40,7 +40,7 @@ def logs(rise: float, margin: float) -> dict[str, float]:
 
 
 def test_watch_warns_once_of_each_pathology_and_again_when_it_has_doubled():
-    watch = Watch(winner_rise=0.1, margin=10.0)
+    watch = DriftWatch(winner_rise=0.1, margin=10.0)
     calm = [watch(step, logs(0.005, 1.0)) for step in range(60)]
     assert not any(calm)
     rising = [warning for step in range(200) for warning in watch(step, logs(0.02, 1.0))]
@@ -52,7 +52,7 @@ def test_watch_warns_once_of_each_pathology_and_again_when_it_has_doubled():
 
 def test_watch_warns_once_of_a_safeguard_that_leaves_fine_tuning_on_winners():
     def run(loss: float, loser: float) -> list[str]:
-        watch = Watch(winner_rise=0.1, margin=1e9, safeguarded=True)
+        watch = DriftWatch(winner_rise=0.1, margin=1e9, safeguarded=True)
         step = {"avg_lose_l_scale": 0.2, "avg_lose_diff_loss": loser, "train_loss": loss}
         return [warning for number in range(100) for warning in watch(number, logs(-0.09, 30.0) | step)]
 
@@ -62,7 +62,7 @@ def test_watch_warns_once_of_a_safeguard_that_leaves_fine_tuning_on_winners():
 
 
 def test_watch_ignores_single_outliers_and_steps_that_are_not_finite():
-    watch = Watch(winner_rise=0.1, margin=10.0)
+    watch = DriftWatch(winner_rise=0.1, margin=10.0)
     for step in range(100):
         values = logs(0.05, 3.0) if step % 50 == 49 else logs(0.0, 1.0)
         values = {name: math.nan for name in values} if step == 30 else values
@@ -71,7 +71,7 @@ def test_watch_ignores_single_outliers_and_steps_that_are_not_finite():
 
 def test_watch_warns_of_a_safeguard_that_never_acts():
     def warnings(scale: float, safeguarded: bool = True) -> list[str]:
-        watch = Watch(winner_rise=0.1, margin=10.0, safeguarded=safeguarded)
+        watch = DriftWatch(winner_rise=0.1, margin=10.0, safeguarded=safeguarded)
         return [warning for step in range(200)
                 for warning in watch(step, logs(0.0, 1.0) | {"avg_lose_l_scale": scale if step == 10 else 1.0})]
 
