@@ -49,7 +49,7 @@ class Settings:
     full: bool = option(False, "every part, longer runs, more captions: hours")
     parts: list[str] = option([], f"of {', '.join(PARTS)}; by default all but methods")
     report: bool = option(False, "only write the report of the runs that are there")
-    rates: list[float] = option([1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "the grid", above=0)
+    rates: list[float] = option([], "the grid", above=0, default_text="1e-5 to 1e-3; for longer runs, --full, 3e-6 to 3e-4")
     seeds: int = option(3, "further seeds, which are reported", at_least=1)
     steps: int = option(80, "optimizer steps of a run", at_least=10)
     batch_size: int = option(8, "pairs per step", at_least=1)
@@ -63,10 +63,11 @@ class Settings:
     def __post_init__(self):
         self.output = self.output or "output/claims" + ("_smoke" if self.smoke else "_full" if self.full else "")
         if self.smoke:
-            self.rates, self.seeds, self.steps, self.batch_size = [1e-4], 1, 10, 2
+            self.rates, self.seeds, self.steps, self.batch_size = self.rates or [1e-4], 1, 10, 2
             self.pairs, self.captions, self.inference_steps, self.instrument_steps, self.timing_rounds = 24, 2, 2, 2, 2
         if self.full:
             self.steps, self.captions, self.parts = 300, 48, self.parts or list(PARTS)
+        self.rates = self.rates or ([3e-6] if self.full else []) + [1e-5, 3e-5, 1e-4, 3e-4] + ([] if self.full else [1e-3])
         self.parts = self.parts or [part for part in PARTS if part != "methods"]
 
     @property
@@ -81,7 +82,7 @@ class Settings:
     @property
     def lower(self) -> list[float]:
         """The grid of the objectives' short runs: without the rates at which they get nowhere, or destroy all at once."""
-        return (self.rates[:-2] if self.full else self.rates[1:-2]) or self.rates
+        return (self.rates[1:-1] if self.full else self.rates[1:-2]) or self.rates
 
 
 def short(rate: float) -> str:
