@@ -250,7 +250,7 @@ def report(settings: "Settings", chosen: dict[str, float], records: list[dict], 
         axes.plot(times, curve, marker="o", label=method, linestyle="-" if method in ONLINE else "--")
     axes.axhline(base, color="grey", linewidth=0.8, label="base")
     axes.set(xlabel="processor seconds of training", ylabel="mean oracle score", title="Shapes world: quality over time")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(output / "spo.png", dpi=150)
 
     accuracy = "; ".join(f"t={key.removeprefix('accuracy_t')} {accuracies[0][key]:.2f} -> {accuracies[-1][key]:.2f}"
