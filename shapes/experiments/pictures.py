@@ -34,7 +34,7 @@ def core_of(results: Results, world: World) -> tuple[list[Config], list[float]]:
 def quality(results: Results, world: World, path: Path) -> None:
     """Oracle's score over the steps, plain and safeguarded, a panel per rate: each seed's line and their mean."""
     configs, rates = core_of(results, world)
-    figure = Figure(figsize=(2.6 * len(rates) + 0.6, 3), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(rates) + 0.6, 3.3), layout="constrained")
     panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
     base = score(results.base(world))
     for axes, rate in zip(panels, rates):
@@ -51,7 +51,7 @@ def quality(results: Results, world: World, path: Path) -> None:
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("oracle's score")
-    panels[-1].legend(frameon=False, loc="lower right")
+    figure.legend(*panels[-1].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=3)
     save(figure, path)
 
 
