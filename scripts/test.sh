@@ -18,5 +18,5 @@ fi
 cd "$ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 unset PYTHONDONTWRITEBYTECODE  # dozens of processes import the same files
-workers="$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')"
+workers="$("$PYTHON" -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')"  # one more than cores: many wait for processes
 run "$PYTHON" -m pytest -n "$workers" --dist worksteal "$@"

@@ -10,7 +10,9 @@ usage() { # SPO draws its own pairs: its presets have nothing to cache
   echo "usage: bash scripts/prepare/cache.sh PRESET DIR [train.py flags], PRESET one of" \
        "$(basename -s .yaml "$ROOT"/configs/train/*.yaml | grep -v -e spm_ -e _spo | xargs)"
 }
-case " $* " in *" --help "*|*" -h "*) usage; exec "$PYTHON" -m data.cache --help ;; esac
+for word in "$@"; do
+  case "$word" in -h|--help) usage; exec "$PYTHON" -m data.cache --help ;; esac
+done
 [ $# -ge 2 ] || { usage >&2; exit 2; }
 preset="$1" folder="$2"; shift 2
 first_start "the base (SD1.5 4 GB, SDXL 14 GB) and the data"
