@@ -16,6 +16,7 @@ import threading
 import traceback
 from pathlib import Path
 
+COLD = sys.executable
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -134,7 +135,7 @@ def _run(executable: str, kind: str, *words: str) -> None:
         sys.argv = ["-c", *words[1:]]
         exec(compile(words[0], "<string>", "exec"), {"__name__": "__main__"})
     elif kind.startswith("-"):
-        raise NotImplementedError(f"a warm python does not know {kind}")
+        os.execv(COLD, [COLD, kind, *words])  # what has no imports to save, such as -V
     else:
         sys.path.insert(0, str(Path(kind).resolve().parent))
         sys.argv = [kind, *words]

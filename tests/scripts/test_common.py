@@ -46,3 +46,8 @@ def test_what_a_first_start_downloads_is_told_where_something_starts(words, told
     script = f'source {ROOT}/scripts/common.sh; first_start "the five metrics (14 GB)" "$@"'
     printed = subprocess.run(["bash", "-ec", script, "x", *words], capture_output=True, text=True, check=True).stdout
     assert ("the five metrics (14 GB)" in printed) == told and len(printed.splitlines()) == told
+
+
+def test_the_tests_own_python_takes_every_flag(python, run):
+    assert run([python, "-V"]).stdout.startswith("Python 3.")
+    assert run([python, "-I", "-c", "print(6 * 7)"]).stdout == "42\n"
