@@ -58,14 +58,15 @@ def make_inputs(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def command(case: str, paths: dict[str, Path], output: Path) -> list[str]:
+def command(tree: Path, case: str, paths: dict[str, Path], output: Path) -> list[str]:
     base, flags = CASES[case]
     words = [f"--pretrained_model_name_or_path={paths[base]}", f"--train_data_dir={paths['pairs']}", f"--output_dir={output}"]
     clip = [f"--spm_clip={paths['clip']}", f"--spm_tokenizer={paths['clip']}"]
     if case in SPM:
+        module = "spo.preference_model.train" if (tree / "spo").is_dir() else "spm" ".train"  # before the move
         allowed = ("--resolution", "--mixed", "--max_train", "--train_batch", "--gradient_acc", "--seed", "--checkpointing",
                    "--report", "--learning_rate", "--lr_warmup")
-        return [sys.executable, "-m", "spo.preference_model.train", *words, *clip, *[word for word in COMMON if word.startswith(allowed)],
+        return [sys.executable, "-m", module, *words, *clip, *[word for word in COMMON if word.startswith(allowed)],
                 "--validation_split=none", *flags]
     return [sys.executable, "train.py", *words, *COMMON, *(clip if case in SPO_CASES else []), *flags]
 
@@ -73,7 +74,7 @@ def command(case: str, paths: dict[str, Path], output: Path) -> list[str]:
 def run(tree: Path, case: str, paths: dict[str, Path], output: Path) -> None:
     shutil.rmtree(output, ignore_errors=True)
     environment = os.environ | {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command(case, paths, output), cwd=tree, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command(tree, case, paths, output), cwd=tree, env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{case} in {tree} failed:\n{result.stdout[-1500:]}\n{result.stderr[-3000:]}")
 
