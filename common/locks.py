@@ -1,10 +1,14 @@
 """One run at a time in a folder: a lock that ends with its process, however that ends."""
 
-import fcntl
 import os
 from pathlib import Path
 
 from common.errors import UserError, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LOCK_FILE = ".lock"
 _held: dict[Path, object] = {}  # folder -> open file: closing it gives the lock up
@@ -18,7 +22,7 @@ def hold(folder: str | os.PathLike, flag: str = "--output_dir") -> None:
     and the filelock package with it, would keep the folder from the run that continues it.
     """
     path = Path(folder).resolve()
-    if path in _held:
+    if fcntl is None or path in _held:
         return
     try:
         file = open(path / LOCK_FILE, "a", encoding="utf-8")

@@ -1,5 +1,6 @@
-"""What a row of preference pairs must be to be used; anything else has a column and a reason, and the pair is skipped. And how many
-such pairs are too many.
+"""What a row of preference pairs must be to be used, and how many that cannot be are too many.
+
+A pair that cannot be used has a column and a reason, and is skipped.
 
 Used as they are: empty or missing captions (the empty prompt), captions of any length (cut to the tokenizer's 77
 tokens), duplicate pairs, and images of every mode and format that common.images reads.
