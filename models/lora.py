@@ -1,6 +1,7 @@
 """LoRA adapters: finding one, merging it into a network, and what its file says of the base that it was trained on."""
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -19,11 +20,13 @@ from models.weights import unsharded
 LORA_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "lora_comfyui.safetensors"  # the same, as for_comfyui() names it
 OTHER_BASE = "Is it a checkpoint of another base model?"
+ADAPTER = "lora_adapter_metadata"  # diffusers' own entry of a file's metadata
 FACTS = ("base", "unet_init", "family", "rank", "alpha", "run")  # what a run adds to its adapter's metadata, besides:
 BASE_WEIGHTS = "base_weights"
 SAMPLED_WEIGHTS = 32
 ROUNDING = 2.0**-8  # twice what rounding to bf16 changes of a weight
 SMALLEST = 1e-7  # what fp16 cannot hold
+logging.getLogger("diffusers.loaders").setLevel(logging.CRITICAL)  # it prints what merge_lora() raises, on hundreds of lines
 
 
 def is_lora(keys) -> bool:
@@ -62,7 +65,7 @@ def read_metadata(source: str | os.PathLike) -> dict[str, str]:
 def adapter_metadata(source: str | os.PathLike) -> dict | None:
     """What diffusers keeps of an adapter in its file: rank, alpha and targets; None where it says nothing."""
     try:
-        return json.loads(read_metadata(source)["lora_adapter_metadata"])
+        return json.loads(read_metadata(source)[ADAPTER])
     except (KeyError, ValueError, RecursionError):
         return None
 
@@ -168,7 +171,7 @@ def merge_lora(family: Family, network: torch.nn.Module, state: dict[str, torch.
         elif layers:
             network.load_lora_adapter(state, prefix=family.backbone, metadata=metadata)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the LoRA weights {source} do not fit {family.label}: {first_line(error, 300)}") from None
+        raise UserError(f"the LoRA weights {source} do not fit {family.label} ({first_line(error, 200)}). {OTHER_BASE}") from None
     found = sum(isinstance(module, BaseTunerLayer) for module in network.modules())
     if not layers or found != layers:
         raise UserError(f"the LoRA weights {source} do not fit {family.label}: {found} of their {layers} layers are in it. "

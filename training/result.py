@@ -9,7 +9,7 @@ from torch import nn
 from common.files import make_readable, whole_file
 from models.devices import writing
 from models.family import Family
-from models.lora import COMFYUI_FILE, LORA_FILE, for_comfyui, merge_lora
+from models.lora import ADAPTER, COMFYUI_FILE, LORA_FILE, for_comfyui, merge_lora, read_metadata
 from models.networks import load_network
 from models.policy import Policy
 from models.weights import from_hub, load_strictly
@@ -29,7 +29,8 @@ def save_result(run: Run, family: Family, policy: Policy) -> tuple[str, Path]:
             LoraWeights(family, run).save(accelerator, policy.network, folder)
             if run.main:
                 scale = run.options.model.lora_alpha / run.options.model.lora_rank
-                save_file(for_comfyui(load_file(folder / LORA_FILE), scale), folder / COMFYUI_FILE)
+                facts = {name: fact for name, fact in read_metadata(folder / LORA_FILE).items() if name != ADAPTER}
+                save_file(for_comfyui(load_file(folder / LORA_FILE), scale), folder / COMFYUI_FILE, metadata=facts)
                 make_readable(folder)
         if run.main and whole:
             network = load_network(family, family.options.unet_init)

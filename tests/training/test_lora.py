@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.train_checks import parse_options
 from common.train_options import ModelOptions
 from models.family import open_family
-from models.lora import LORA_FILE, read_metadata
+from models.lora import COMFYUI_FILE, LORA_FILE, read_metadata
 from models.networks import load_network
 
 LORA = ["--mixed_precision=no", "--resolution=64", "--lora_rank=2", "--lora_alpha=6", "--learning_rate=1e-2",
@@ -90,9 +90,28 @@ def test_another_base_is_a_warning(adapter, tiny_sd15, tmp_path, capsys):
     assert f"were trained on {tiny_sd15}, and the network here has other weights" in capsys.readouterr().err
 
 
-def test_another_family_is_refused_by_its_name(adapter, tiny_sdxl):
+@pytest.mark.parametrize("file", [LORA_FILE, COMFYUI_FILE])
+def test_another_family_is_refused_by_its_name(adapter, tiny_sdxl, file):
     with pytest.raises(UserError, match="are of a sd15 base, and SDXL is none"):
-        unet_of(tiny_sdxl, adapter)
+        unet_of(tiny_sdxl, adapter / file)
+
+
+@pytest.mark.parametrize("file", [LORA_FILE, COMFYUI_FILE])
+def test_one_that_does_not_say_whose_it_is_and_does_not_fit_is_one_line(adapter, tiny_sdxl, tmp_path, caplog, file):
+    save_file(load_file(adapter / file), tmp_path / file)
+    with pytest.raises(UserError, match="do not fit SDXL .*another base model") as error:
+        unet_of(tiny_sdxl, tmp_path / file)
+    assert "\n" not in str(error.value) and not caplog.text
+
+
+def test_comfyui_s_file_is_the_adapter_with_alpha_multiplied_in(adapter, tiny_sd15):
+    named = load_file(adapter / COMFYUI_FILE)
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert {f"{layer}.lora_down.weight", f"{layer}.lora_up.weight"} <= named.keys() and len(named) == len(load_file(adapter / LORA_FILE))
+    own = load_file(adapter / LORA_FILE)["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.lora.up.weight"]
+    assert torch.equal(named[f"{layer}.lora_up.weight"], 3 * own)
+    merged, here = unet_of(tiny_sd15, adapter / COMFYUI_FILE), unet_of(tiny_sd15, adapter / LORA_FILE)
+    assert all(torch.allclose(merged[name], here[name], atol=1e-6) for name in here)
 
 
 def test_it_goes_onto_the_weights_that_it_began_from(flags, train_run, tiny_sd15, tmp_path, capsys):
