@@ -67,6 +67,11 @@ def run_program(main: Callable[[], int | None]) -> None:
         fail(own_message(error), wait=0.0 if os.environ.get("LOCAL_RANK", "0") == "0" else 2.0)
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if not package or list(Path(__file__).parents[1].glob(f"{package}*")):  # our own
+            raise
+        fail(f"the package {package} is not installed: pip install -r requirements.txt")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise

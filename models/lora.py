@@ -171,7 +171,8 @@ def merge_lora(family: Family, network: torch.nn.Module, state: dict[str, torch.
         elif layers:
             network.load_lora_adapter(state, prefix=family.backbone, metadata=metadata)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the LoRA weights {source} do not fit {family.label} ({first_line(error, 200)}). {OTHER_BASE}") from None
+        raise UserError(f"the LoRA weights {source} do not fit {family.label} ({first_line(error, 200)}). "
+                        f"{OTHER_BASE}") from None
     found = sum(isinstance(module, BaseTunerLayer) for module in network.modules())
     if not layers or found != layers:
         raise UserError(f"the LoRA weights {source} do not fit {family.label}: {found} of their {layers} layers are in it. "

@@ -20,6 +20,7 @@ def test_a_data_workers_error_is_told_without_its_traceback():
 @pytest.mark.parametrize("raised, code, said", [
     (UserError("no such thing"), 1, "error: no such thing\n"),
     (OSError(28, "No space left on device", "out.bin"), 1, "error: cannot write (out.bin): No space left on device"),
+    (ModuleNotFoundError("No module named 'diffusers'", name="diffusers.models"), 1, "error: the package diffusers is not installed"),
     (KeyboardInterrupt(), 130, ""),
 ])
 def test_a_program_ends_with_one_line_and_a_code(raised, code, said, capsys):
@@ -31,11 +32,13 @@ def test_a_program_ends_with_one_line_and_a_code(raised, code, said, capsys):
     assert end.value.code == code and capsys.readouterr().err.startswith(said)
 
 
-def test_our_own_bugs_keep_their_traceback():
+@pytest.mark.parametrize("bug", [OSError(5, "Input/output error"), ModuleNotFoundError("no", name="training.gone"),
+                                 ModuleNotFoundError("no", name="train")])
+def test_our_own_bugs_keep_their_traceback(bug):
     def main():
-        raise OSError(5, "Input/output error")
+        raise bug
 
-    with pytest.raises(OSError):
+    with pytest.raises(type(bug)):
         run_program(main)
     for result, code in ((None, 0), (3, 3)):
         with pytest.raises(SystemExit) as end:
