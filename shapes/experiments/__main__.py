@@ -1,6 +1,6 @@
 """Where plain preference training breaks, what the safeguard is worth, and how the objectives rank, on the shapes world.
 
-    bash scripts/reproduce_claims.sh [--smoke | --full] [options]
+    bash scripts/reproduce_claims.sh [--smoke | --long | --full] [options]
 
 From one small base, many short runs of train.py on cached pairs, each judged by the oracle as it goes. Seed 0 runs every rate
 of the grid and chooses each configuration's best (rate, steps); the figures reported are those of the further seeds, at that
@@ -20,6 +20,8 @@ def main() -> None:
     quiet_libraries()
     from shapes.experiments.experiment import experiment
     experiment(settings)
+    if settings.full:
+        experiment(settings.long_runs)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from scipy import stats
 
 from common.files import read_json
 from shapes.experiments.instruments import overhead_path
-from shapes.experiments.plan import ALL_WORLDS, SEED, WORLD, Config, Settings, World, short
+from shapes.experiments.plan import FRONTIERS, SEED, Config, Settings, short
 from shapes.experiments.results import Cell, Interval, Point, Results, interval, score
 
 WINNER_TOLERANCE = 1.0  # % of the reference's error: a smaller rise is none
@@ -24,7 +24,7 @@ OVERHEAD_TOLERANCE = 0.05
 @dataclass(frozen=True)
 class Claim:
     text: str
-    world: World
+    frontier: Config
     shown: str  # what was measured, with its interval
     verdict: str
     reason: str  # one sentence
@@ -45,11 +45,11 @@ def negative(value: Interval) -> Interval:
     return Interval(-value.mean, -value.high, -value.low)
 
 
-def weigh(text: str, world: World, value: Interval, sentence: str, form: str = "+.3f", above: float | None = None,
+def weigh(text: str, frontier: Config, value: Interval, sentence: str, form: str = "+.3f", above: float | None = None,
          below: float | None = None, refuted_below: float | None = None) -> Claim:
     """sentence: with {} for what was measured. One of above and below is the claim's bound."""
     if math.isnan(value.mean):
-        return Claim(text, world, "not run", "undecided", "Its runs are missing.")
+        return Claim(text, frontier, "not run", "undecided", "Its runs are missing.")
     found = verdict(value, above, refuted_below) if below is None else verdict(negative(value), -below)
     bound = format(above if below is None else below, form)
     refuting = bound if refuted_below is None else format(refuted_below, form)
@@ -60,7 +60,7 @@ def weigh(text: str, world: World, value: Interval, sentence: str, form: str = "
     else:
         side = "above" if (found == "confirmed") == (below is None) else "below"
         why = f"all of it lies {side} {bound if found == 'confirmed' else refuting}"
-    return Claim(text, world, value.show(form), found, f"{sentence.format(value.show(form))}; {why}.")
+    return Claim(text, frontier, value.show(form), found, f"{sentence.format(value.show(form))}; {why}.")
 
 
 def harmful_rate(results: Results, config: Config) -> float | None:
@@ -71,14 +71,14 @@ def harmful_rate(results: Results, config: Config) -> float | None:
                  and score(results.points(config, rate, SEED)[results.end(rate).step]) < base), None)
 
 
-def claims_in(results: Results, world: World, method: str = "diffusion-dpo") -> list[Claim]:
-    """Every claim that has runs in a world."""
-    chosen = {name: Config(world, method, name) for name in
+def claims_in(results: Results, plain: Config) -> list[Claim]:
+    """Every claim that has runs in a frontier, which is named by its plain variant."""
+    chosen = {name: plain.rival(name) for name in
               ("plain", "safeguarded", "fixed lambda", "per pair", "winners only", "winner's error added")}
     best = {name: results.best(config) for name, config in chosen.items()}
     if not (best["plain"] and best["safeguarded"]):
         return []
-    plain, safe = chosen["plain"], chosen["safeguarded"]
+    safe = chosen["safeguarded"]
     rate = harmful_rate(results, plain)
     harm = results.end(rate) if rate else None
 
@@ -90,24 +90,24 @@ def claims_in(results: Results, world: World, method: str = "diffusion-dpo") -> 
 
     harmed, at_best = results.gain(plain, harm), results.gain(plain, best["plain"])
     found = [
-        weigh("Plain training raises the winner's error", world, rise(plain, best["plain"]),
+        weigh("Plain training raises the winner's error", plain, rise(plain, best["plain"]),
              f"{at(best['plain'])} plain's best, it stands {{}}% above the reference's", "+.1f", above=0.0),
-        weigh("Plain training comes to harm", world,
+        weigh("Plain training comes to harm", plain,
              interval([max(value, value - at_best[seed]) for seed, value in harmed.items() if seed in at_best]),
              f"{at(harm)} it scores {{}} against the base or its own best, whichever is nearer", below=0.0),
-        weigh("The safeguard holds the winner's error", world, rise(safe, best["safeguarded"]),
+        weigh("The safeguard holds the winner's error", plain, rise(safe, best["safeguarded"]),
              f"{at(best['safeguarded'])} its best, it stands {{}}% above the reference's", "+.1f", below=WINNER_TOLERANCE),
-        weigh("It holds it even where plain comes to harm", world, rise(safe, harm),
+        weigh("It holds it even where plain comes to harm", plain, rise(safe, harm),
              f"{at(harm)} it stands {{}}% above the reference's", "+.1f", below=WINNER_TOLERANCE),
-        weigh("Where plain comes to harm it is at least as good as the base", world, interval(results.gains(safe, harm)),
+        weigh("Where plain comes to harm it is at least as good as the base", plain, interval(results.gains(safe, harm)),
              f"{at(harm)} it scores {{}} against the base", above=-SCORE_TOLERANCE),
-        weigh("Its best is better than the base", world, interval(results.gains(safe, best["safeguarded"])),
+        weigh("Its best is better than the base", plain, interval(results.gains(safe, best["safeguarded"])),
              f"{at(best['safeguarded'])} it scores {{}} against the base", above=0.0),
-        weigh("Its best is at least as good as plain's best", world, results.difference(safe, plain),
+        weigh("Its best is at least as good as plain's best", plain, results.difference(safe, plain),
              "It scores {} against plain", above=-SCORE_TOLERANCE),
     ]
     room, censored = results.room(safe, plain) or (Interval(math.nan, math.nan, math.nan), False)
-    found.append(weigh("It has more room: a larger rate still draws better than the base", world, room,
+    found.append(weigh("It has more room: a larger rate still draws better than the base", plain, room,
                       f"Its largest good rate is {'at least ' if censored else ''}{{}} times plain's", ".1f", above=1.0))
     better, as_good = {"above": 0.0, "refuted_below": SCORE_TOLERANCE}, {"above": -SCORE_TOLERANCE}
     for name, text, bounds in (
@@ -116,7 +116,7 @@ def claims_in(results: Results, world: World, method: str = "diffusion-dpo") -> 
             ("winners only", "Training on winners alone is not enough", better),
             ("winner's error added", "It is at least as good as adding the winner's error to the loss", as_good)):
         if best[name]:
-            found.append(weigh(text, world, results.difference(safe, chosen[name]),
+            found.append(weigh(text, plain, results.difference(safe, chosen[name]),
                               f"Each at its best, the safeguard scores {{}} against {name}", **bounds))
     return found
 
@@ -129,9 +129,9 @@ def overhead(settings: Settings) -> list[Claim]:
     low, high = stats.bootstrap((seconds["safeguarded"], seconds["plain"]), lambda a, b: np.median(a) / np.median(b),
                                 vectorized=False, paired=True, rng=0, method="percentile").confidence_interval
     value = Interval(np.median(seconds["safeguarded"]) / np.median(seconds["plain"]) - 1, low - 1, high - 1)
-    return [weigh("Its overhead is negligible", WORLD, value, "It adds {} of a step's processor time", "+.1%",
+    return [weigh("Its overhead is negligible", FRONTIERS[0], value, "It adds {} of a step's processor time", "+.1%",
                   below=OVERHEAD_TOLERANCE)]
 
 
 def all_claims(results: Results) -> list[Claim]:
-    return [claim for world in ALL_WORLDS for claim in claims_in(results, world)] + overhead(results.settings)
+    return [claim for plain in FRONTIERS for claim in claims_in(results, plain)] + overhead(results.settings)

@@ -21,7 +21,7 @@ def experiment(settings: Settings) -> None:
         raise UserError(f"--parts has no {unknown[0]}: choose from {', '.join(PARTS)}")
     if settings.report and not has_runs(settings):
         raise UserError(f"there are no runs in {settings.output} to report: leave --report out, or name their --output")
-    keep_settings(settings, "smoke", "full", "parts", "report", "rates", "seeds", "instrument_steps", "timing_rounds")
+    keep_settings(settings, "smoke", "full", "long", "parts", "report", "rates", "seeds", "instrument_steps", "timing_rounds")
     try:
         if not settings.report:
             work(settings)

@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.signals import StopSignal
 from losses import denoising_errors
 from models.family import open_family
 from shapes.experiment import Work, reset_accelerate
-from shapes.experiments.plan import MU, SAFEGUARD, WORLD, Settings
+from shapes.experiments.plan import MU, SAFEGUARD, WORLD, Settings, short
 from shapes.experiments.worlds import options_on
 from training.defaults import settle_defaults
 from training.optimizers import make_optimizer
@@ -21,15 +21,22 @@ from training.run import start_run
 LAMBDAS = {"none": {}, "output, per batch": SAFEGUARD, "output, per pair": SAFEGUARD | {"winner_preserving_granularity": "sample"},
            "parameters": SAFEGUARD | {"winner_preserving_space": "parameter"}}
 RATE = 3e-5
+BETAS = (1e-3, 0.1, 1.0, 10.0, 100.0, 1000.0)
+COUNTS = 0.1  # of the gradient's length: from there on the loser's part matters
 
 
 def instruments(settings: Settings) -> list[Work]:
     return [*[(instrument_path(kind, settings), measure_lambda, (kind, settings)) for kind in LAMBDAS],
+            *[(pulls_path(beta, settings), measure_pulls, (beta, settings)) for beta in BETAS],
             (overhead_path(settings), measure_overhead, (settings,))]
 
 
 def instrument_path(kind: str, settings: Settings) -> Path:
     return Path(settings.output, "runs", "lambda", f"{kind.replace(', ', '-').replace(' ', '-')}.json")
+
+
+def pulls_path(beta: float, settings: Settings) -> Path:
+    return Path(settings.output, "runs", "lambda", f"dspo-beta{short(beta)}.json")
 
 
 def overhead_path(settings: Settings) -> Path:
@@ -55,7 +62,8 @@ def measure_lambda(kind: str, settings: Settings) -> dict:
     optimizer = make_optimizer(parameters, options, RATE)
     rises, scales, seconds = [], [], []
     for _, (_, [batch]) in zip(range(settings.instrument_steps), task.batches(0)):
-        before, start = winner_error(task, batch), time.process_time()
+        with torch.no_grad():
+            before, start = float(winner_error(task, batch)), time.process_time()
         result = task.loss(task.trained, batch)
         result.loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
@@ -63,18 +71,46 @@ def measure_lambda(kind: str, settings: Settings) -> dict:
         optimizer.zero_grad()
         seconds.append(time.process_time() - start)
         scales.append(float(result.logs["avg_lose_l_scale"]))
-        rises.append(winner_error(task, batch) - before)
+        with torch.no_grad():
+            rises.append(float(winner_error(task, batch)) - before)
     return {"mu": MU, "rises": rises, "lambda": scales, "seconds": seconds}
 
 
-@torch.no_grad()
-def winner_error(task: PreferenceTask, batch: dict[str, Tensor]) -> float:
-    """The batch's mean winner error."""
+def winner_error(task: PreferenceTask, batch: dict[str, Tensor]) -> Tensor:
+    """The batch's mean winner error, ()."""
     x_t, target, times, text = task.noised(batch)
     half = len(target) // 2
     text = {name: rows[:half] for name, rows in text.items()}
     pred = task.family.predict(task.trained, x_t[:half], times[:half], text, task.size)
-    return float(denoising_errors(pred, target[:half]).mean())
+    return denoising_errors(pred, target[:half]).mean()
+
+
+def measure_pulls(beta: float, settings: Settings) -> dict[str, list[float]]:
+    """Plain DSPO with one beta: each step's gradient taken apart. "loser": the length of the loser's part over the sum of both
+    parts' lengths; "winner": the cosine between the winner's part and the gradient of the winner's own error."""
+    task = open_task(settings, output_dir=Path(settings.output, "instrument"), train_method="dspo", beta_dpo=beta)
+    options, parameters = task.run.options.optimizer, list(task.trained.parameters())
+    optimizer = make_optimizer(parameters, options, RATE)
+    found: dict[str, list[float]] = {"loser": [], "winner": []}
+    for _, (_, [batch]) in zip(range(settings.instrument_steps), task.batches(0)):
+        own, gradients = gradient(winner_error(task, batch), parameters), {}
+        for scale in (0.0, 1.0):  # lambda: without and with the loser's part
+            task.run.options.objective.fixed_lambda = scale
+            gradients[scale] = gradient(task.loss(task.trained, batch).loss, parameters)
+        loser, winner = gradients[1.0] - gradients[0.0], gradients[0.0]
+        found["loser"].append(float(loser.norm() / (loser.norm() + winner.norm())))
+        found["winner"].append(float(torch.cosine_similarity(winner, own, dim=0)))
+        torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+        optimizer.step()
+    return found
+
+
+def gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """As one vector; the parameters keep it as theirs."""
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in parameters])
 
 
 def measure_overhead(settings: Settings) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.files import whole_file
-from shapes.experiments.plan import CORE, SEED, SHORT, VARIANTS, Config, Run, World, short
+from shapes.experiments.plan import CORE, SEED, SHORT, VARIANTS, Config, Run, short
 from shapes.experiments.results import Results, interval, score
 from shapes.experiments.runs import judged_steps, record_path
 
@@ -20,23 +20,22 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(aside, format="png", dpi=100)
 
 
-def configs_with_runs(results: Results, world: World) -> list[Config]:
-    configs = [Config(world, "diffusion-dpo", variant) for variant in VARIANTS]
-    return [config for config in configs if results.best(config)]
+def configs_with_runs(results: Results, plain: Config) -> list[Config]:
+    return [config for variant in VARIANTS if results.best(config := plain.rival(variant))]
 
 
-def core_of(results: Results, world: World) -> tuple[list[Config], list[float]]:
+def core_of(results: Results, plain: Config) -> tuple[list[Config], list[float]]:
     """Plain and safeguarded, and the rates at which both were run with SEED."""
-    configs = [config for config in configs_with_runs(results, world) if config.variant in CORE]
+    configs = [config for config in configs_with_runs(results, plain) if config.variant in CORE]
     return configs, [rate for rate in results.settings.rates if all(rate in results.rates(config) for config in configs)]
 
 
-def quality(results: Results, world: World, path: Path) -> None:
+def quality(results: Results, plain: Config, path: Path) -> None:
     """Oracle's score over the steps, plain and safeguarded, a panel per rate: each seed's line and their mean."""
-    configs, rates = core_of(results, world)
+    configs, rates = core_of(results, plain)
     figure = Figure(figsize=(2.6 * len(rates) + 0.6, 3.3), layout="constrained")
     panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
-    base = score(results.base(world))
+    base = score(results.base(plain.world))
     for axes, rate in zip(panels, rates):
         for config in configs:
             runs = [results.points(config, rate, seed) for seed in (SEED, *results.settings.further)]
@@ -55,10 +54,10 @@ def quality(results: Results, world: World, path: Path) -> None:
     save(figure, path)
 
 
-def room_map(results: Results, world: World, path: Path) -> None:
+def room_map(results: Results, plain: Config, path: Path) -> None:
     """Score against the base over steps and rates, a panel per variant, seed SEED: blue is better than the base, red worse."""
-    configs = configs_with_runs(results, world)
-    steps, base = judged_steps(results.settings), score(results.base(world))
+    configs = configs_with_runs(results, plain)
+    steps, base = judged_steps(results.settings), score(results.base(plain.world))
     columns = min(4, len(configs))
     figure = Figure(figsize=(3.1 * columns + 0.8, 2.6 * -(-len(configs) // columns)), layout="constrained")
     panels = figure.subplots(-(-len(configs) // columns), columns, squeeze=False).flat
@@ -98,9 +97,9 @@ def ranking(results: Results, configs: list[Config], path: Path) -> None:
     save(figure, path)
 
 
-def drawings(results: Results, world: World, path: Path, shown: int = 12) -> None:
+def drawings(results: Results, plain: Config, path: Path, shown: int = 12) -> None:
     """The last drawings of each rate, plain above safeguarded: the same captions from the same noise, seed SEED."""
-    configs, rates = core_of(results, world)
+    configs, rates = core_of(results, plain)
     size = 0.72 * min(shown, results.settings.captions) + 2.2, 0.82 * len(rates) * len(configs)
     figure = Figure(figsize=size, layout="constrained")
     lines = figure.subplots(len(rates) * len(configs), 1, squeeze=False)[:, 0]

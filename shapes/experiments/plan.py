@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from common.options import option
@@ -14,9 +14,11 @@ PARTS = {  # the most telling first
     "flow": "Diffusion-DPO, plain and safeguarded, on the flow-matching base",
     "on-policy": "on pairs that the base itself drew",
     "mixed": "on pairs of both kinds",
-    "lambda": "what each kind of lambda does to a step's own winners, and what it costs",
-    "methods": "the variants of DMPO and of DSPO",
+    "lambda": "what each kind of lambda does to a step's own winners, and what it costs; at which beta DSPO's loser matters",
+    "dmpo": "DMPO with the same variants, as the frontier",
+    "dspo": "DSPO likewise, at the beta at which its loser matters; plain and safeguarded at its published one",
 }
+LONG = ("frontier", "flow")  # the parts that are run with long runs, too
 SEED = 0  # chooses each configuration's best (rate, steps); the further seeds are reported
 JUDGED = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of a run's steps after which it draws
 SHORT = 0.4  # share of the steps that the ranking of objectives takes
@@ -24,8 +26,9 @@ MU = 0.9
 LIKELY = 3e-5  # the rate to begin with
 
 SAFEGUARD = {"use_winner_preserving": True, "winner_preserving_mu": MU}
-# A quarter of Diffusion-DPO's beta: at the start the winner is pulled twice as hard.
-WINNER_WEIGHT = {"sd15": 1250.0, "sd3": 25.0}
+# At the start the winner is pulled twice as hard: a quarter of Diffusion-DPO's beta, and DSPO's own pull.
+WINNER_WEIGHT = {"sd15": 1250.0, "sd3": 25.0, "dspo": 1.0}
+DSPO_BETA = 1000.0  # the smallest power of ten at which its loser matters, by the rule in instruments.py
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "safeguarded": SAFEGUARD,
@@ -44,12 +47,13 @@ class Settings:
     title = "the experiment"
 
     output: str | None = option(None, "folder for the runs and the report",
-                                default_text="output/claims, claims_smoke or claims_full")
+                                default_text="output/claims, claims_smoke or claims_long")
     smoke: bool = option(False, "tiny budgets: does everything run?")
-    full: bool = option(False, "every part, longer runs, more captions: hours")
-    parts: list[str] = option([], f"of {', '.join(PARTS)}; by default all but methods")
+    full: bool = option(False, "every part, and then the long runs: hours")
+    long: bool = option(False, "runs of 300 steps, 48 captions, lower rates; by default of the parts frontier and flow")
+    parts: list[str] = option([], f"of {', '.join(PARTS)}; by default all but dmpo and dspo")
     report: bool = option(False, "only write the report of the runs that are there")
-    rates: list[float] = option([], "the grid", above=0, default_text="1e-5 to 1e-3; for longer runs, --full, 3e-6 to 3e-4")
+    rates: list[float] = option([], "the grid", above=0, default_text="1e-5 to 1e-3; with --long 3e-6 to 3e-4")
     seeds: int = option(3, "further seeds, which are reported", at_least=1)
     steps: int = option(80, "optimizer steps of a run", at_least=10)
     batch_size: int = option(8, "pairs per step", at_least=1)
@@ -61,14 +65,19 @@ class Settings:
     workers: int = option(2, "runs at a time, one thread each", at_least=1)
 
     def __post_init__(self):
-        self.output = self.output or "output/claims" + ("_smoke" if self.smoke else "_full" if self.full else "")
+        self.output = self.output or "output/claims" + ("_smoke" if self.smoke else "_long" if self.long else "")
+        if self.long:
+            self.steps, self.captions, self.parts = 300, 48, self.parts or list(LONG)
         if self.smoke:
             self.rates, self.seeds, self.steps, self.batch_size = self.rates or [1e-4], 1, 10, 2
             self.pairs, self.captions, self.inference_steps, self.instrument_steps, self.timing_rounds = 24, 2, 2, 2, 2
-        if self.full:
-            self.steps, self.captions, self.parts = 300, 48, self.parts or list(PARTS)
-        self.rates = self.rates or ([3e-6] if self.full else []) + [1e-5, 3e-5, 1e-4, 3e-4] + ([] if self.full else [1e-3])
-        self.parts = self.parts or [part for part in PARTS if part != "methods"]
+        self.rates = self.rates or ([3e-6] if self.long else []) + [1e-5, 3e-5, 1e-4, 3e-4] + ([] if self.long else [1e-3])
+        self.parts = self.parts or [part for part in PARTS if self.full or part not in ("dmpo", "dspo")]
+
+    @property
+    def long_runs(self) -> "Settings":
+        """What --full does after every part."""
+        return replace(self, output=f"{self.output}_long", full=False, long=True, parts=[], rates=[])
 
     @property
     def further(self) -> range:
@@ -82,7 +91,7 @@ class Settings:
     @property
     def lower(self) -> list[float]:
         """The grid of the objectives' short runs: without the rates at which they get nowhere, or destroy all at once."""
-        return (self.rates[1:-1] if self.full else self.rates[1:-2]) or self.rates
+        return (self.rates[1:-1] if self.long else self.rates[1:-2]) or self.rates
 
 
 def short(rate: float) -> str:
@@ -99,6 +108,10 @@ class World(NamedTuple):
     def name(self) -> str:
         return f"{self.base}_{self.pairs}"
 
+    @property
+    def winners_only(self) -> "Config":
+        return Config(self, "diffusion-dpo", "winners only")
+
 
 WORLD = World("sd15", "off-policy")
 WORLDS = {"flow": World("sd3", "off-policy"), "on-policy": World("sd15", "on-policy"), "mixed": World("sd15", "mixed")}
@@ -111,15 +124,21 @@ class Config(NamedTuple):
     world: World
     method: str
     variant: str
+    beta: float | None = None  # None: the published one
 
     def options(self) -> dict[str, Any]:
         """train.py's."""
-        chosen = {name: value[self.world.base] if isinstance(value, dict) else value
+        chosen = {name: value.get(self.method, value[self.world.base]) if isinstance(value, dict) else value
                   for name, value in VARIANTS[self.variant].items()}
-        return {"train_method": self.method} | chosen
+        return {"train_method": self.method} | ({"beta_dpo": self.beta} if self.beta else {}) | chosen
 
+    @property
+    def objective(self) -> str:
+        return f"{self.method}_beta{short(self.beta)}" if self.beta else self.method
 
-WINNERS_ONLY = Config(WORLD, "diffusion-dpo", "winners only")
+    def rival(self, variant: str) -> "Config":
+        """The same with another variant; training on winners alone is one run for all objectives."""
+        return self.world.winners_only if variant == "winners only" else self._replace(variant=variant)
 
 
 class Run(NamedTuple):
@@ -133,8 +152,12 @@ class Run(NamedTuple):
         """Its record's path below runs/, without the suffix."""
         variant = self.config.variant.replace(" ", "-").replace("'", "")
         ending = "" if self.share == 1.0 else "_short"
-        return f"{self.config.world.name}/{self.config.method}_{variant}_lr{short(self.rate)}_seed{self.seed}{ending}"
+        return f"{self.config.world.name}/{self.config.objective}_{variant}_lr{short(self.rate)}_seed{self.seed}{ending}"
 
+
+# Each as its plain variant: what the report has a section of.
+FRONTIERS = [*(Config(world, "diffusion-dpo", "plain") for world in ALL_WORLDS), Config(WORLD, "dmpo", "plain"),
+             Config(WORLD, "dspo", "plain", DSPO_BETA), Config(WORLD, "dspo", "plain")]
 
 BestRate = Callable[[Config, float], float | None]  # the rate that SEED chose within that share of the steps
 Stage = Callable[[BestRate], list[Run]]
@@ -154,10 +177,11 @@ def stages(part: str, settings: Settings) -> list[Stage]:
         others = [name for name in VARIANTS if name not in CORE]
         return grid_then_best(configs(WORLD, ["diffusion-dpo"], others), settings.middle, settings)
     if part == "objectives":
-        return grid_then_best([*configs(WORLD, OBJECTIVES, CORE), WINNERS_ONLY], settings.lower, settings, SHORT)
-    if part == "methods":
-        variants = [name for name in VARIANTS if name != "winners only"]
-        return grid_then_best(configs(WORLD, ["dmpo", "dspo"], variants), settings.middle, settings)
+        return grid_then_best([*configs(WORLD, OBJECTIVES, CORE), WORLD.winners_only], settings.lower, settings, SHORT)
+    if part in ("dmpo", "dspo"):
+        plain = Config(WORLD, part, "plain", DSPO_BETA if part == "dspo" else None)
+        chosen = [plain.rival(variant) for variant in VARIANTS]
+        return grid_then_best(chosen + configs(WORLD, ["dspo"] if part == "dspo" else [], CORE), settings.middle, settings)
     if part in WORLDS:
         chosen = configs(WORLDS[part], ["diffusion-dpo"], CORE)
         return [lambda best: grid(chosen, settings.middle, [SEED]),

@@ -9,9 +9,9 @@ from common.files import read_json, write_text
 from shapes.experiment import table
 from shapes.experiments import pictures
 from shapes.experiments.claims import OVERHEAD_TOLERANCE, SCORE_TOLERANCE, WINNER_TOLERANCE, all_claims
-from shapes.experiments.instruments import LAMBDAS, RATE, instrument_path
-from shapes.experiments.plan import (ALL_WORLDS, CORE, OBJECTIVES, PARTS, SEED, SHORT, WINNERS_ONLY, WORLD, Config, Settings,
-                                     World, short, stages)
+from shapes.experiments.instruments import BETAS, COUNTS, LAMBDAS, RATE, instrument_path, instruments, pulls_path
+from shapes.experiments.plan import (ALL_WORLDS, CORE, DSPO_BETA, FRONTIERS, LONG, OBJECTIVES, PARTS, SEED, SHORT, WORLD, Config,
+                                     Settings, short, stages)
 from shapes.experiments.results import Results, interval, score
 from shapes.experiments.runs import COLLAPSED, is_done
 
@@ -19,9 +19,7 @@ from shapes.experiments.runs import COLLAPSED, is_done
 def write_report(settings: Settings) -> None:
     results, output = Results(settings), Path(settings.output)
     sections = [introduction(results), claims_section(results)]
-    for world in ALL_WORLDS:
-        if results.base(world) and results.best(Config(world, "diffusion-dpo", "plain")):
-            sections.append(frontier_section(results, world))
+    sections += [frontier_section(results, plain) for plain in FRONTIERS if results.base(plain.world) and results.best(plain)]
     sections += [objectives_section(results), lambda_section(settings)]
     write_text(output / "claims.md", "\n\n".join(section for section in sections if section) + "\n")
     print(f"wrote {output / 'claims.md'}")
@@ -40,37 +38,39 @@ def introduction(results: Results) -> str:
         "below the base ends there, and its last drawings stand for the rest. "
         f"{minutes:.0f} minutes with {settings.workers} worker(s).")
     status = []
-    for part, what in PARTS.items():
+    for part in LONG if settings.long else PARTS:
         wanted = [run for stage in stages(part, settings) for run in stage(results.best_rate)]
         done = sum(is_done(run, settings) for run in wanted if run.rate)
         if part == "lambda":
-            wanted = [instrument_path(kind, settings) for kind in LAMBDAS]
+            wanted = [path for path, *_ in instruments(settings)]
             done = sum(path.is_file() for path in wanted)
-        status.append([part, what, f"{done} of {len(wanted)}"])
+        status.append([part, PARTS[part], f"{done} of {len(wanted)}"])
     return (f"# Claims on the shapes world\n\n{reports}\n\n## What was run\n\n" + table(["part", "", "runs"], status))
 
 
-def label(world: World) -> str:
-    return f"{'flow matching' if world.base == 'sd3' else 'noise prediction'}, {world.pairs}"
+def label(frontier: Config) -> str:
+    if frontier.method == "diffusion-dpo":
+        return f"{'flow matching' if frontier.world.base == 'sd3' else 'noise prediction'}, {frontier.world.pairs}"
+    return f"{frontier.method.upper()}{f', beta {frontier.beta:g}' if frontier.beta else ''}, {frontier.world.pairs}"
 
 
 def claims_section(results: Results) -> str:
     claims = all_claims(results)
-    worlds = [world for world in ALL_WORLDS if any(claim.world == world for claim in claims)]
-    found = {(claim.text, claim.world): f"{claim.verdict}, {claim.shown}" for claim in claims}
-    rows = [[text, *(found.get((text, world), "-") for world in worlds)]
+    frontiers = [frontier for frontier in FRONTIERS if any(claim.frontier == frontier for claim in claims)]
+    found = {(claim.text, claim.frontier): f"{claim.verdict}, {claim.shown}" for claim in claims}
+    rows = [[text, *(found.get((text, frontier), "-") for frontier in frontiers)]
             for text in dict.fromkeys(claim.text for claim in claims)]
-    reasons = [[claim.text, label(claim.world), claim.verdict, claim.reason] for claim in claims]
+    reasons = [[claim.text, label(claim.frontier), claim.verdict, claim.reason] for claim in claims]
     explained = (
-        "Of Diffusion-DPO; \"it\" is the safeguard at mu 0.9. Winner's errors in % of the reference's, averaged over the "
-        f"training batches since the judgement before; a rise below {WINNER_TOLERANCE:g}% is none. Scores are the oracle's, "
+        "Of Diffusion-DPO where no objective is named; \"it\" is the safeguard at mu 0.9. Winner's errors in % of the "
+        f"reference's, averaged over the training batches since the judgement before; a rise below {WINNER_TOLERANCE:g}% is none. Scores are the oracle's, "
         f"in [0, 1]; a difference below {SCORE_TOLERANCE} does not matter. \"At least as good\" is confirmed where the "
         f"interval lies above -{SCORE_TOLERANCE}; \"better\" where it lies above 0, and refuted where it lies below "
         f"{SCORE_TOLERANCE}. Plain comes to harm where the run's end is below the base and below its own best; the rate is "
         f"the lowest at which seed {SEED}'s was below the base. Room is the ratio of the largest rates whose whole run ends "
         f"better than the base, interpolated in log(rate). Overhead: below {OVERHEAD_TOLERANCE:.0%}.")
-    return "\n\n".join(["## Claims", explained, table(["claim", *map(label, worlds)], rows),
-                        table(["claim", "world", "verdict", "reason"], reasons)])
+    return "\n\n".join(["## Claims", explained, table(["claim", *map(label, frontiers)], rows),
+                        table(["claim", "of", "verdict", "reason"], reasons)])
 
 
 def best_row(results: Results, config: Config, share: float = 1.0) -> list[str] | None:
@@ -106,29 +106,29 @@ BEST_HEADER = ["rate", "step", "s to it", "oracle", "against the base", "wins", 
                "lambda", "cleanliness", "colour"]
 
 
-def frontier_section(results: Results, world: World) -> str:
-    configs = pictures.configs_with_runs(results, world)
+def frontier_section(results: Results, plain: Config) -> str:
+    configs = pictures.configs_with_runs(results, plain)
     images = {"quality": pictures.quality, "map": pictures.room_map, "drawings": pictures.drawings}
-    if not pictures.core_of(results, world)[1]:  # interrupted before plain and safeguarded had a rate in common
+    if not pictures.core_of(results, plain)[1]:  # interrupted before plain and safeguarded had a rate in common
         images = {"map": pictures.room_map}
+    section = plain.world.name if plain.method == "diffusion-dpo" else plain.objective
     lines = []
     for name, draw in images.items():
-        path = Path(results.settings.output, "images", f"claims_{world.name}_{name}.png")
-        draw(results, world, path)
-        lines.append(f"![{label(world)}: {name}](images/{path.name})")
+        path = Path(results.settings.output, "images", f"claims_{section}_{name}.png")
+        draw(results, plain, path)
+        lines.append(f"![{label(plain)}: {name}](images/{path.name})")
     rooms = []
-    plain = Config(world, "diffusion-dpo", "plain")
     for config in configs:
         largest = [results.largest_good_rate(config, seed) for seed in (SEED, *results.settings.further)]
-        cells = [score(point) > score(results.base(world)) for rate in results.rates(config)
+        cells = [score(point) > score(results.base(plain.world)) for rate in results.rates(config)
                  for point in results.points(config, rate, SEED).values()]
         room = results.room(config, plain) if config != plain else None
         rates = ", ".join(f"{short(float(f'{found[0]:.2g}'))}{'+' * found[1]}" for found in largest if found)
         ratio = room[0].show(".1f") + " or more" * room[1] if room else "-"
         rooms.append([config.variant, rates, ratio, f"{np.mean(cells):.0%}"])
     return "\n\n".join([
-        f"## The frontier: {label(world)} pairs",
-        "Each variant of Diffusion-DPO at its best; (edge): at an end of the grid.",
+        f"## The frontier: {label(plain)} pairs",
+        "Each variant at its best; (edge): at an end of the grid.",
         table(["variant", *BEST_HEADER], [[config.variant, *best_row(results, config)] for config in configs]), *lines,
         f"In the map, seed {SEED}'s scores against the base in hundredths. The room: largest good rate by seed, from 0 on "
         "(+: it may lie beyond the rates run); its ratio to plain's over the further seeds; the share of (rate, step) cells "
@@ -154,7 +154,7 @@ def objectives_section(results: Results) -> str:
 def ranking(results: Results) -> list[Config]:
     """Best first."""
     configs = [Config(WORLD, method, variant) for method in ("diffusion-dpo", *OBJECTIVES) for variant in CORE]
-    configs.append(WINNERS_ONLY)
+    configs.append(WORLD.winners_only)
     gains = {config: np.mean(results.gains(config, best)) for config in configs if (best := results.best(config, SHORT))}
     return sorted(gains, key=gains.__getitem__, reverse=True)
 
@@ -168,8 +168,18 @@ def lambda_section(settings: Settings) -> str:
             rows.append([kind, f"{np.mean(record['lambda']):.2f}",
                          f"{np.mean(rises > 0):.2f} [{share.low:.2f}, {share.high:.2f}]", f"{rises.mean():+.1e}",
                          f"{1000 * np.median(record['seconds']):.0f}"])
+    pulls = []
+    for beta in BETAS:
+        if record := read_json(pulls_path(beta, settings)):
+            pulls.append([f"{beta:g}", f"{np.mean(record['loser']):.2g}", f"{np.mean(record['winner']):+.2f}"])
     return "\n\n".join([
         "## What a step does to its own winners",
         f"Diffusion-DPO at rate {short(RATE)}: the share of {settings.instrument_steps} steps after which the batch's own "
         "winner error, same noise and timesteps, had risen (Wilson's interval over steps).",
-        table(["lambda from", "mean lambda", "steps that raised it", "mean change", "ms a step"], rows)]) if rows else ""
+        table(["lambda from", "mean lambda", "steps that raised it", "mean change", "ms a step"], rows),
+        "## At which beta DSPO's loser matters",
+        f"Over {settings.instrument_steps} steps of plain DSPO at rate {short(RATE)}: the loser's part of the gradient's "
+        "length, and the cosine between the winner's part and the gradient of the winner's own error (1: training on winners, -1: away "
+        f"from them). The rule: the smallest power of ten at which the loser's part is at least {COUNTS}; the plan's beta is "
+        f"{DSPO_BETA:g}.",
+        table(["beta", "loser's part", "winner's direction"], pulls)]) if rows and pulls else ""

@@ -11,6 +11,7 @@ from shapes.preferences import BASE_NAME, LABEL_NOISE, write_preferences
 from common.errors import UserError
 
 
+@pytest.mark.slow
 def test_half_are_the_bases_own_and_mostly_ranked_as_the_oracle_ranks(tmp_path):
     folder = write_preferences(tmp_path / "pairs", 48, seed=3, num_inference_steps=8)
     rows = datasets.load_dataset("parquet", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache"))

@@ -10,7 +10,7 @@ from common.files import write_json
 from shapes.experiment import run_options
 from shapes.experiments import experiment as module
 from shapes.experiments.experiment import experiment
-from shapes.experiments.plan import OBJECTIVES, PARTS, SHORT, VARIANTS, WORLD, World, Config, Run, Settings, configs, stages
+from shapes.experiments.plan import DSPO_BETA, OBJECTIVES, PARTS, SHORT, VARIANTS, WORLD, World, Config, Run, Settings, configs, stages
 from shapes.experiments.runs import base_path, record_path, train_run
 
 SAFE = Config(WORLD, "diffusion-dpo", "safeguarded")
@@ -50,6 +50,16 @@ def test_each_variant_is_a_choice_of_options(base, variant):
     assert (objective.train_method == "sft") == (variant == "winners only")
 
 
+def test_dspo_is_run_where_its_loser_matters_and_as_published():
+    runs = [run for stage in stages("dspo", Settings()) for run in stage(lambda config, share: 3e-5)]
+    options = {(config := run.config).variant + str(config.beta): config.options() for run in runs}
+    assert options["plain1000.0"] == {"train_method": "dspo", "beta_dpo": DSPO_BETA} and options["plainNone"] == {"train_method": "dspo"}
+    assert options["winner's error added1000.0"]["winner_error_weight"] == 1.0
+    assert options["winners onlyNone"] == {"train_method": "sft"}  # one run for all objectives
+    assert len({run.name for run in runs}) == len(runs) and {name[:-6] for name in options if name.endswith("1000.0")} == {
+        variant for variant in VARIANTS if variant != "winners only"}
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_no_run_is_planned_twice_and_names_differ(part):
     settings = Settings()
@@ -71,6 +81,16 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(asked, said, tmp_path
     with pytest.raises(UserError, match=said):
         experiment(Settings(output=str(tmp_path), **asked))
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_full_is_every_part_and_then_the_long_runs():
+    assert set(PARTS) - set(Settings().parts) == {"dmpo", "dspo"}
+    full = Settings(full=True)
+    long = full.long_runs
+    assert full.parts == list(PARTS) and long.parts == ["frontier", "flow"] and long.steps == 300 > full.steps
+    assert (full.output, long.output, long.output) == ("output/claims", "output/claims_long", Settings(long=True).output)
+    assert min(long.rates) < min(full.rates) and max(long.rates) < max(full.rates) and not long.full
+    assert Settings(full=True, smoke=True).long_runs.steps == 10
 
 
 def test_runs_of_other_settings_are_not_taken_for_these(tmp_path):

@@ -63,7 +63,7 @@ def test_intervals_are_students():
     (Interval(np.nan, np.nan, np.nan), {"above": 0}, "undecided"),
 ])
 def test_verdicts(value, bounds, expected):
-    claim = weigh("text", WORLD, value, "It is {}", **bounds)
+    claim = weigh("text", PLAIN, value, "It is {}", **bounds)
     assert claim.verdict == expected and claim.reason.endswith(".")
 
 
@@ -97,7 +97,7 @@ def test_room_is_where_the_score_falls_to_the_bases(settings):
 def test_claims_of_a_world_whose_truth_is_known(settings):
     results = Results(settings)
     assert harmful_rate(results, PLAIN) == 1e-4
-    verdicts = {claim.text: claim.verdict for claim in claims_in(results, WORLD)}
+    verdicts = {claim.text: claim.verdict for claim in claims_in(results, PLAIN)}
     assert verdicts.pop("Its best is at least as good as plain's best") == "confirmed"
     assert set(verdicts.values()) == {"confirmed"} and len(verdicts) == 7
 
@@ -109,6 +109,23 @@ def test_the_report_of_a_part_says_what_is_missing(settings):
     assert "28 of 28" in text and "| 0 of 30 |" in text and "| safeguarded | 1e-4 | 80 |" in text
     for name in ("quality", "map", "drawings"):
         assert (output / "images" / f"claims_sd15_off-policy_{name}.png").stat().st_size > 5000
+
+
+def test_another_objective_has_a_frontier_of_its_own_beside_training_on_winners(tmp_path):
+    settings = Settings(output=str(tmp_path))
+    dmpo = Config(WORLD, "dmpo", "plain")
+    (tmp_path / "runs" / WORLD.name).mkdir(parents=True)
+    write_json(base_path(WORLD, settings), {"scores": [BASE, BASE]})
+    for config, end in ((dmpo, 0.84), (dmpo.rival("safeguarded"), 0.86), (PLAIN.rival("winners only"), 0.81)):
+        path = record_path(Run(config, 3e-5, SEED), settings)
+        write_json(path, made := record(end, SEED, judged_steps(settings), 1.0))
+        np.savez(path.with_suffix(".npz"), **{str(p["step"]): np.zeros((2, 32, 32, 3), np.uint8) for p in made["points"]})
+    claims = {claim.text: claim for claim in claims_in(Results(settings), dmpo)}
+    assert claims["Training on winners alone is not enough"].shown == "+0.050"
+    write_report(settings)
+    text = (tmp_path / "claims.md").read_text()
+    assert "## The frontier: DMPO, off-policy pairs" in text and "| winners only | 3e-5 |" in text
+    assert "The frontier: noise prediction" not in text and (tmp_path / "images" / "claims_dmpo_quality.png").is_file()
 
 
 @pytest.mark.parametrize("rates", [[1e-4, 3e-5], [3e-5, 3e-5]])
