@@ -80,6 +80,7 @@ def test_live_bytes_counts_storages_while_they_live():
     assert counter.live == 0
 
 
+@pytest.mark.slow
 def test_checkpointing_lora_and_offloading_take_less_memory():
     plain_setting = Setting("tiny")
     plain, twice = count_step(plain_setting, 1), count_step(plain_setting, 2)
@@ -136,6 +137,7 @@ def test_a_batch_that_so_many_gpus_cannot_share_has_no_row():
     assert all(float(line.split("|")[8].strip(" %")) <= 100.0 for line in lines)
 
 
+@pytest.mark.slow
 def test_the_count_of_memory_is_torch_s_own():
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker

@@ -72,6 +72,7 @@ def flags(base, folder, output, *more) -> list:
             "--output_dir", output, *more]
 
 
+@pytest.mark.slow
 def test_training_on_every_fault_ends_and_counts_agree(faulty, train_run, train_tiny, tiny_sd15, tmp_path):
     """With one process, with data workers, and with two processes that share the batch."""
     folder, replaced = faulty

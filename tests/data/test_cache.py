@@ -65,6 +65,7 @@ def largest_difference(a: list[dict], b: list[dict]) -> float:
     return max(abs(x[name] - y[name]) for x, y in zip(a, b, strict=True) for name in names if name in x)
 
 
+@pytest.mark.slow
 def test_twenty_steps_agree_with_uncached_training(train_run, tiny_sd15, pairs_dir, sd15_cache):
     argv = common(tiny_sd15, pairs_dir) + ["--use_winner_preserving", "--max_train_steps", 20]
     uncached = train_run(argv)

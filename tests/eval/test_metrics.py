@@ -172,6 +172,7 @@ def test_version_follows_content_not_place(metrics_config, tmp_path):
     assert metric_version("clip", metrics_config) == metric_version("clip", copy / "metrics.yaml")
 
 
+@pytest.mark.slow
 def test_every_metric_is_where_the_registry_says():
     """And of clip's model alone: diffusers is not imported for it."""
     assert all(metric_class(name).__name__ == known.name for name, known in METRICS.items())
