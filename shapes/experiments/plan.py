@@ -85,8 +85,8 @@ class Settings:
 
     @property
     def middle(self) -> list[float]:
-        """The rates between the lowest and the highest."""
-        return self.rates[1:-1] or self.rates
+        """The rates that further seeds run: those between the lowest and the highest; of long runs all."""
+        return (not self.long and self.rates[1:-1]) or self.rates
 
     @property
     def lower(self) -> list[float]:
