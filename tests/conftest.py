@@ -14,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests import forge
+from tests import forge, warm_python
 from tests.vocabulary import build_tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -86,14 +86,14 @@ def run_fixture(python):
 
 
 @pytest.fixture(scope="session")
-def python(forge_server) -> str:
-    """A Python that starts in a moment: see tests/warm_python.py."""
-    return str(forge_server.python)
+def python(built_once) -> str:
+    """A Python that starts in a moment, one for all workers: see tests/warm_python.py."""
+    return str(built_once("python", warm_python.start) / "python")
 
 
 @pytest.fixture(scope="session")
-def forge_server(tmp_path_factory):
-    server = forge.Server(tmp_path_factory.mktemp("forge"))
+def forge_server(python):
+    server = forge.Server(python)
     yield server
     server.close()
 

@@ -17,13 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What train.py and data.cache import once their options are good.
-HEAVY = ("models.stable_diffusion", "training.run", "training.fit", "training.preference", "training.result", "data.encode")
 sys.path.insert(0, str(ROOT))
-from tests import warm_python  # noqa: E402
-
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclass
@@ -38,11 +32,6 @@ class Launch:
     losses: str | None = None
     prelude: str = ""
     environment: dict[str, str] = field(default_factory=dict)
-
-
-def import_heavy() -> None:
-    for module in HEAVY:
-        importlib.import_module(module)
 
 
 exit_codes: dict[int, int] = {}  # of the last launch's processes that have ended
@@ -137,14 +126,12 @@ def kill(pids: list[int]) -> None:
 
 
 class Server:
-    """A forge in a process of its own, for tests: their process has threads, which do not survive a fork."""
+    """A forge in a process of its own, for tests: their process has threads, which do not survive a fork. python: a warm one,
+    which has done the imports."""
 
-    def __init__(self, folder: Path):
-        self.python, listener = warm_python.stand_in(folder)
-        with listener:
-            self.process = subprocess.Popen([sys.executable, __file__, str(listener.fileno())], cwd=ROOT, stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, text=True, start_new_session=True,
-                                            pass_fds=[listener.fileno()])
+    def __init__(self, python: str):
+        self.process = subprocess.Popen([python, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        start_new_session=True)
 
     def start(self, launch: Launch, seconds: float = 200.0) -> list[int]:
         self.process.stdin.write(json.dumps(vars(launch) | {"seconds": seconds}) + "\n")
@@ -194,10 +181,6 @@ class TinyTraining:
 
 
 def serve() -> None:
-    import_heavy()  # once, for all that are forked from here
-    pythons = os.fork()
-    if pythons == 0:
-        warm_python.serve(int(sys.argv[1]))
     for line in sys.stdin:
         request = json.loads(line)
         seconds = request.pop("seconds")
@@ -207,7 +190,6 @@ def serve() -> None:
         if codes is None:
             kill(pids)
         print(json.dumps(codes), flush=True)
-    os.kill(pythons, signal.SIGKILL)
 
 
 if __name__ == "__main__":

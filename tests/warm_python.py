@@ -1,22 +1,29 @@
-"""A `python` whose programs start warm: a stand-in for PYTHON that has them forked from tests/forge.py's process.
+"""A `python` whose programs start warm: a stand-in for PYTHON that has them forked from a process that has done the imports.
 
 It takes what scripts ask of Python (-m MODULE, -c CODE, FILE), in their folder, environment and streams, passes signals on
 and ends as the program does. Programs whose processes are looked for by their ids want the real one.
 """
 
 import atexit
+import importlib
 import json
 import os
 import runpy
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import traceback
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 COLD = sys.executable
+# What train.py and data.cache import once their options are good.
+HEAVY = ("models.stable_diffusion", "training.run", "training.fit", "training.preference", "training.result", "data.encode")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -35,21 +42,29 @@ sys.exit(status)
 """
 
 
-def stand_in(folder: Path) -> tuple[Path, socket.socket]:
-    """The program to take for Python, and the socket that serve() listens to."""
+def start(folder: Path) -> None:
+    """Write folder/python, the program to take for Python, and start what serves it, for as long as the tests run."""
+    folder.mkdir()
     client, address = folder / "python", str(folder / "address")
     client.write_text(CLIENT.format(python=sys.executable, address=address))
     client.chmod(0o755)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(address)
-    listener.listen(64)
-    return client, listener
+    owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        subprocess.Popen([sys.executable, __file__, str(listener.fileno()), str(owner)], cwd=ROOT, stdin=subprocess.DEVNULL,
+                         stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=[listener.fileno()],
+                         env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
 
 
-def serve(descriptor: int) -> None:
-    """Fork a program for every client of that socket; does not return."""
+def serve(descriptor: int, owner: int) -> None:
+    """Fork a program for every client of that socket, until the owner's process has ended."""
+    for module in HEAVY:  # once, for all that are forked from here
+        importlib.import_module(module)
     listener = socket.socket(fileno=descriptor)
-    while True:
+    while os.path.exists(f"/proc/{owner}"):
+        if not select.select([listener], [], [], 1.0)[0]:
+            continue
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
@@ -140,3 +155,7 @@ def _run(executable: str, kind: str, *words: str) -> None:
         sys.path.insert(0, str(Path(kind).resolve().parent))
         sys.argv = [kind, *words]
         runpy.run_path(kind, run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve(*map(int, sys.argv[1:]))

@@ -105,7 +105,7 @@ def test_transformers_save_memory_without_a_bit_and_compiled_agree(kind, train_r
     assert plain[0]["train_loss"] != plain[1]["train_loss"]
     for saving in ("--gradient_checkpointing", "--selective_checkpointing"):
         assert largest_difference(plain, train_run([*flags, saving])) == 0.0
-    compile_by("aot_eager", monkeypatch)
+    compile_by("eager", monkeypatch)  # captures and splits; what follows is the UNets' test
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert largest_difference(plain, train_run([*flags, "--compile"])) < 1e-4
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before

@@ -54,7 +54,7 @@ EARLIER = JOB.format("RUNNING", "2026-11-25T03:10:00", "2026-11-25T03:12:00")
 
 
 @pytest.fixture
-def submit(tmp_path):
+def submit(tmp_path, python):
     """submit(*words) starts the job as Slurm would, without waiting for it; returns the process and its log."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / "bin").mkdir(exist_ok=True)
@@ -69,7 +69,8 @@ def submit(tmp_path):
         environment = os.environ | {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "REQUEUED": str(tmp_path / "requeued"), "PYTHON": sys.executable,
             "SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[0-1]",
-            "MAIN_PORT": str(free_port()), "NUM_PROCESSES": "1", "SLURM_RESTART_COUNT": str(len(started))}
+            "MAIN_PORT": str(free_port()), "NUM_PROCESSES": "1", "SLURM_RESTART_COUNT": str(len(started)),
+            "PYTHON_EXEC": python}  # torchrun's: what it starts its processes by
         with open(log, "w") as file:
             job = subprocess.Popen(["bash", str(copy), *map(str, words)], cwd=tmp_path, stdout=file, stderr=file, env=environment)
         started.append(job)

@@ -145,8 +145,9 @@ run_program(train.main)
             "--dataloader_num_workers=1", "--lr_warmup_steps=0", "--report_to=none"]
     result = run([*launch(python, 2)[:-1], program, *argv], expect=None)
     assert result.returncode != 0 and time.monotonic() - begin < 200
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert lines == ["error: this rank's shard is gone: fetch it again"]
+    cause, *others = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert cause == "error: this rank's shard is gone: fetch it again"
+    assert all("lost the connection to another one, which has ended" in line for line in others)  # where the launcher is late
     report = result.stderr[result.stderr.index("Root Cause"):]
     assert "this rank's shard is gone" in report  # the launcher's own report names the cause too
 
