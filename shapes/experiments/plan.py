@@ -15,7 +15,7 @@ PARTS = {  # the most telling first
     "on-policy": "on pairs that the base itself drew",
     "mixed": "on pairs of both kinds",
     "lambda": "what each kind of lambda does to a step's own winners, and what it costs; at which beta DSPO's loser matters",
-    "dmpo": "DMPO with the same variants, as the frontier",
+    "dmpo": "DMPO with the same variants: plain and safeguarded with each seed at every rate, the others at their best",
     "dspo": "DSPO likewise, at the beta at which its loser matters; plain and safeguarded at its published one",
 }
 LONG = ("frontier", "flow")  # the parts that are run with long runs, too
@@ -180,8 +180,10 @@ def stages(part: str, settings: Settings) -> list[Stage]:
         return grid_then_best([*configs(WORLD, OBJECTIVES, CORE), WORLD.winners_only], settings.lower, settings, SHORT)
     if part in ("dmpo", "dspo"):
         plain = Config(WORLD, part, "plain", DSPO_BETA if part == "dspo" else None)
-        chosen = [plain.rival(variant) for variant in VARIANTS]
-        return grid_then_best(chosen + configs(WORLD, ["dspo"] if part == "dspo" else [], CORE), settings.middle, settings)
+        core, others = ([plain.rival(name) for name in VARIANTS if (name in CORE) == wanted] for wanted in (True, False))
+        published = configs(WORLD, ["dspo"], CORE) if part == "dspo" else []
+        return [lambda best: grid(core, settings.middle, [SEED, *settings.further]),
+                *grid_then_best(others + published, settings.middle, settings)]
     if part in WORLDS:
         chosen = configs(WORLDS[part], ["diffusion-dpo"], CORE)
         return [lambda best: grid(chosen, settings.middle, [SEED]),
