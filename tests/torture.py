@@ -9,6 +9,7 @@ same command until it ends. What counts is its parameters and every loss it ever
 
 import argparse
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import forge  # noqa: E402
+import warm_python  # noqa: E402
 
 ROOT = forge.ROOT
 
@@ -61,7 +63,8 @@ class Torture:
         build = ("from pathlib import Path; from tests.vocabulary import build_tiny_pipeline; from shapes.pairs import write_pairs;"
                  f"build_tiny_pipeline(Path({str(folder / 'base')!r}), 'sd15'); write_pairs({str(folder / 'pairs')!r}, 40)")
         subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
-        forge.import_heavy()  # once, for all the processes that are forked from this one
+        for module in warm_python.HEAVY:  # once, for all the processes that are forked from this one
+            importlib.import_module(module)
 
     # --- one launch ------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ and ends as the program does. Programs whose processes are looked for by their i
 import atexit
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -19,6 +20,9 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import common.signals  # noqa: E402
+
 COLD = sys.executable
 # What train.py and data.cache import once their options are good.
 HEAVY = ("models.stable_diffusion", "training.run", "training.fit", "training.preference", "training.result", "data.encode")
@@ -113,6 +117,7 @@ def _become(request: dict, streams: list[int]) -> None:
         kept = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, kept if number in request["signals"] else signal.SIG_IGN)
     sys.stdout.reconfigure(write_through="PYTHONUNBUFFERED" in os.environ)
+    common.signals._run_has_ended = multiprocessing.RawValue("b", 0)  # shared memory: a program's own, not that of all
     code = 1
     try:
         _run(*request["argv"])
