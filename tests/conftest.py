@@ -1,6 +1,7 @@
 """Small models and pairs that the tests share, built once a session."""
 
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -29,6 +30,17 @@ def pytest_collection_modifyitems(items) -> None:
     rest = [item for item in items if not item.get_closest_marker("slow")]
     bounds = [len(rest) * place // workers for place in range(workers + 1)]
     items[:] = [item for place in range(workers) for item in slow[place::workers] + rest[bounds[place]:bounds[place + 1]]]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: looking through it for garbage again and again takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

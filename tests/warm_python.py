@@ -5,6 +5,7 @@ and ends as the program does. Programs whose processes are looked for by their i
 """
 
 import atexit
+import gc
 import importlib
 import json
 import multiprocessing
@@ -65,6 +66,8 @@ def serve(descriptor: int, owner: int) -> None:
     """Fork a program for every client of that socket, until the owner's process has ended."""
     for module in HEAVY:  # once, for all that are forked from here
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
     listener = socket.socket(fileno=descriptor)
     while os.path.exists(f"/proc/{owner}"):
         if not select.select([listener], [], [], 1.0)[0]:

@@ -118,7 +118,8 @@ def test_compiled_agrees(train_run, one_block_sd15, pairs_dir, monkeypatch, back
     """inductor is what --compile uses; aot_eager captures, splits and caches as it does, and runs torch's own kernels."""
     if backend == "aot_eager":
         compile_by(backend, monkeypatch)
-    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", False)  # on a CPU: g++ takes two thirds of the time
+    from torch._inductor import config
+    monkeypatch.setattr(config.cpp, "vec_isa_ok", False)  # on a CPU: g++ takes two thirds of the time
     eager = train_run(arguments(one_block_sd15, pairs_dir))
     compiled = train_run(arguments(one_block_sd15, pairs_dir, "--compile"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
