@@ -36,7 +36,6 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: looking through it for garbage again and again takes a tenth of the time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_sessionfinish() -> None:

@@ -142,8 +142,9 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.process.wait(timeout=60)
 
 
 class TinyTraining:
@@ -181,7 +182,7 @@ class TinyTraining:
 
 
 def serve() -> None:
-    for line in sys.stdin:
+    while (line := sys.stdin.readline()).strip():  # an empty one ends it: data workers of the tests may hold the pipe open
         request = json.loads(line)
         seconds = request.pop("seconds")
         pids = start(Launch(**request))
