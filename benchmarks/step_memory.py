@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig
 
@@ -60,9 +61,7 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # two of three calls, and nothing is made
             return args[0].fake_device
         result = func(*args, **(kwargs or {}))
-        for made in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(made, torch.Tensor):
-                self._count(made)
+        tree_map_only(torch.Tensor, self._count, result)
         return result
 
     def _count(self, tensor: torch.Tensor) -> None:
