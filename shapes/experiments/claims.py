@@ -73,7 +73,7 @@ def harmful_rate(results: Results, config: Config) -> float | None:
 
 def claims_in(results: Results, plain: Config) -> list[Claim]:
     """Every claim that has runs in a frontier, which is named by its plain variant."""
-    chosen = {name: plain.rival(name) for name in
+    chosen = {name: plain.with_variant(name) for name in
               ("plain", "safeguarded", "fixed lambda", "per pair", "winners only", "winner's error added")}
     best = {name: results.best(config) for name, config in chosen.items()}
     if not (best["plain"] and best["safeguarded"]):

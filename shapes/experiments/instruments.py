@@ -1,4 +1,4 @@
-"""What each kind of lambda does to a step's own winners, and what the safeguard costs."""
+"""What each kind of lambda does to a step's own winners, what the safeguard costs, and at which beta DSPO's loser matters."""
 
 import time
 from dataclasses import replace
@@ -21,7 +21,7 @@ from training.run import start_run
 LAMBDAS = {"none": {}, "output, per batch": SAFEGUARD, "output, per pair": SAFEGUARD | {"winner_preserving_granularity": "sample"},
            "parameters": SAFEGUARD | {"winner_preserving_space": "parameter"}}
 RATE = 3e-5
-BETAS = (1e-3, 0.1, 1.0, 10.0, 100.0, 1000.0)
+BETAS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0)
 COUNTS = 0.1  # of the gradient's length: from there on the loser's part matters
 
 
@@ -93,10 +93,10 @@ def measure_pulls(beta: float, settings: Settings) -> dict[str, list[float]]:
     optimizer = make_optimizer(parameters, options, RATE)
     found: dict[str, list[float]] = {"loser": [], "winner": []}
     for _, (_, [batch]) in zip(range(settings.instrument_steps), task.batches(0)):
-        own, gradients = gradient(winner_error(task, batch), parameters), {}
+        own, gradients = gradient(winner_error(task, batch), optimizer, parameters), {}
         for scale in (0.0, 1.0):  # lambda: without and with the loser's part
             task.run.options.objective.fixed_lambda = scale
-            gradients[scale] = gradient(task.loss(task.trained, batch).loss, parameters)
+            gradients[scale] = gradient(task.loss(task.trained, batch).loss, optimizer, parameters)
         loser, winner = gradients[1.0] - gradients[0.0], gradients[0.0]
         found["loser"].append(float(loser.norm() / (loser.norm() + winner.norm())))
         found["winner"].append(float(torch.cosine_similarity(winner, own, dim=0)))
@@ -105,12 +105,11 @@ def measure_pulls(beta: float, settings: Settings) -> dict[str, list[float]]:
     return found
 
 
-def gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+def gradient(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Tensor:
     """As one vector; the parameters keep it as theirs."""
-    for parameter in parameters:
-        parameter.grad = None
+    optimizer.zero_grad()
     loss.backward()
-    return torch.cat([parameter.grad.flatten() for parameter in parameters])
+    return torch.nn.utils.parameters_to_vector(parameter.grad for parameter in parameters)
 
 
 def measure_overhead(settings: Settings) -> dict[str, list[float]]:

@@ -21,7 +21,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def configs_with_runs(results: Results, plain: Config) -> list[Config]:
-    return [config for variant in VARIANTS if results.best(config := plain.rival(variant))]
+    return [config for variant in VARIANTS if results.best(config := plain.with_variant(variant))]
 
 
 def core_of(results: Results, plain: Config) -> tuple[list[Config], list[float]]:

@@ -26,9 +26,10 @@ MU = 0.9
 LIKELY = 3e-5  # the rate to begin with
 
 SAFEGUARD = {"use_winner_preserving": True, "winner_preserving_mu": MU}
-# At the start the winner is pulled twice as hard: a quarter of Diffusion-DPO's beta, and DSPO's own pull.
-WINNER_WEIGHT = {"sd15": 1250.0, "sd3": 25.0, "dspo": 1.0}
 DSPO_BETA = 1000.0  # the smallest power of ten at which its loser matters, by the rule in instruments.py
+# A quarter of Diffusion-DPO's beta: at the start the winner is pulled twice as hard. DSPO at that beta pushes it away, at
+# first by beta / 2 - 1: this turns it around, as hard.
+WINNER_WEIGHT = {"sd15": 1250.0, "sd3": 25.0, "dspo": DSPO_BETA}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "safeguarded": SAFEGUARD,
@@ -136,7 +137,7 @@ class Config(NamedTuple):
     def objective(self) -> str:
         return f"{self.method}_beta{short(self.beta)}" if self.beta else self.method
 
-    def rival(self, variant: str) -> "Config":
+    def with_variant(self, variant: str) -> "Config":
         """The same with another variant; training on winners alone is one run for all objectives."""
         return self.world.winners_only if variant == "winners only" else self._replace(variant=variant)
 
@@ -180,7 +181,7 @@ def stages(part: str, settings: Settings) -> list[Stage]:
         return grid_then_best([*configs(WORLD, OBJECTIVES, CORE), WORLD.winners_only], settings.lower, settings, SHORT)
     if part in ("dmpo", "dspo"):
         plain = Config(WORLD, part, "plain", DSPO_BETA if part == "dspo" else None)
-        core, others = ([plain.rival(name) for name in VARIANTS if (name in CORE) == wanted] for wanted in (True, False))
+        core, others = ([plain.with_variant(name) for name in VARIANTS if (name in CORE) == wanted] for wanted in (True, False))
         published = configs(WORLD, ["dspo"], CORE) if part == "dspo" else []
         return [lambda best: grid(core, settings.middle, [SEED, *settings.further]),
                 *grid_then_best(others + published, settings.middle, settings)]

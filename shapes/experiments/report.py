@@ -20,7 +20,7 @@ def write_report(settings: Settings) -> None:
     results, output = Results(settings), Path(settings.output)
     sections = [introduction(results), claims_section(results)]
     sections += [frontier_section(results, plain) for plain in FRONTIERS if results.base(plain.world) and results.best(plain)]
-    sections += [objectives_section(results), lambda_section(settings)]
+    sections += [objectives_section(results), lambda_section(settings), dspo_section(settings)]
     write_text(output / "claims.md", "\n\n".join(section for section in sections if section) + "\n")
     print(f"wrote {output / 'claims.md'}")
 
@@ -63,7 +63,8 @@ def claims_section(results: Results) -> str:
     reasons = [[claim.text, label(claim.frontier), claim.verdict, claim.reason] for claim in claims]
     explained = (
         "Of Diffusion-DPO where no objective is named; \"it\" is the safeguard at mu 0.9. Winner's errors in % of the "
-        f"reference's, averaged over the training batches since the judgement before; a rise below {WINNER_TOLERANCE:g}% is none. Scores are the oracle's, "
+        "reference's, averaged over the training batches since the judgement before; a rise below "
+        f"{WINNER_TOLERANCE:g}% is none. Scores are the oracle's, "
         f"in [0, 1]; a difference below {SCORE_TOLERANCE} does not matter. \"At least as good\" is confirmed where the "
         f"interval lies above -{SCORE_TOLERANCE}; \"better\" where it lies above 0, and refuted where it lies below "
         f"{SCORE_TOLERANCE}. Plain comes to harm where the run's end is below the base and below its own best; the rate is "
@@ -168,18 +169,23 @@ def lambda_section(settings: Settings) -> str:
             rows.append([kind, f"{np.mean(record['lambda']):.2f}",
                          f"{np.mean(rises > 0):.2f} [{share.low:.2f}, {share.high:.2f}]", f"{rises.mean():+.1e}",
                          f"{1000 * np.median(record['seconds']):.0f}"])
-    pulls = []
-    for beta in BETAS:
-        if record := read_json(pulls_path(beta, settings)):
-            pulls.append([f"{beta:g}", f"{np.mean(record['loser']):.2g}", f"{np.mean(record['winner']):+.2f}"])
     return "\n\n".join([
         "## What a step does to its own winners",
         f"Diffusion-DPO at rate {short(RATE)}: the share of {settings.instrument_steps} steps after which the batch's own "
         "winner error, same noise and timesteps, had risen (Wilson's interval over steps).",
-        table(["lambda from", "mean lambda", "steps that raised it", "mean change", "ms a step"], rows),
+        table(["lambda from", "mean lambda", "steps that raised it", "mean change", "ms a step"], rows)]) if rows else ""
+
+
+def dspo_section(settings: Settings) -> str:
+    """The rule that chose the plan's DSPO_BETA, applied to the records."""
+    pulls = {beta: record for beta in BETAS if (record := read_json(pulls_path(beta, settings)))}
+    matters = next((f"{beta:g}" for beta, record in pulls.items() if np.mean(record["loser"]) >= COUNTS), "none of these")
+    rows = [[f"{beta:g}", f"{np.mean(record['loser']):.2g}", f"{np.mean(record['winner']):+.2f}"]
+            for beta, record in pulls.items()]
+    return "\n\n".join([
         "## At which beta DSPO's loser matters",
         f"Over {settings.instrument_steps} steps of plain DSPO at rate {short(RATE)}: the loser's part of the gradient's "
-        "length, and the cosine between the winner's part and the gradient of the winner's own error (1: training on winners, -1: away "
-        f"from them). The rule: the smallest power of ten at which the loser's part is at least {COUNTS}; the plan's beta is "
-        f"{DSPO_BETA:g}.",
-        table(["beta", "loser's part", "winner's direction"], pulls)]) if rows and pulls else ""
+        "length, and the cosine between the winner's part and the gradient of the winner's own error (1: training on "
+        f"winners, -1: away from them). The smallest power of ten at which the loser's part is at least {COUNTS}: {matters}; "
+        f"the plan's is {DSPO_BETA:g}.",
+        table(["beta", "loser's part", "winner's direction"], rows)]) if rows else ""

@@ -10,6 +10,7 @@ from common.files import write_json
 from shapes.experiment import run_options
 from shapes.experiments import experiment as module
 from shapes.experiments.experiment import experiment
+from shapes.experiments.instruments import measure_pulls
 from shapes.experiments.plan import DSPO_BETA, OBJECTIVES, PARTS, SHORT, VARIANTS, WORLD, World, Config, Run, Settings, configs, stages
 from shapes.experiments.runs import base_path, record_path, train_run
 
@@ -34,6 +35,11 @@ def test_from_pairs_to_report_and_a_second_call_trains_nothing(tmp_path, monkeyp
         del point["seconds"]
     assert again == first  # bit for bit
 
+    for beta, direction in ((1e-3, 1.0), (DSPO_BETA, -1.0)):  # policy and reference are equal: the winner's pull is 1 - beta / 2
+        pulls = measure_pulls(beta, settings)
+        assert pulls["winner"][0] == pytest.approx(direction, abs=1e-3) and pulls["loser"][0] == 0.0
+        assert (pulls["loser"][-1] > 0.01) == (beta == DSPO_BETA) and len(pulls["loser"]) == settings.instrument_steps
+
     write_json(base_path(WORLD, settings), {"scores": [2.0]})
     assert [point["step"] for point in train_run(run, settings)["points"]] == [1]  # collapsed, as it seems: it ends
 
@@ -52,12 +58,12 @@ def test_each_variant_is_a_choice_of_options(base, variant):
 
 def test_dspo_is_run_where_its_loser_matters_and_as_published():
     runs = [run for stage in stages("dspo", Settings()) for run in stage(lambda config, share: 3e-5)]
-    options = {(config := run.config).variant + str(config.beta): config.options() for run in runs}
-    assert options["plain1000.0"] == {"train_method": "dspo", "beta_dpo": DSPO_BETA} and options["plainNone"] == {"train_method": "dspo"}
-    assert options["winner's error added1000.0"]["winner_error_weight"] == 1.0
-    assert options["winners onlyNone"] == {"train_method": "sft"}  # one run for all objectives
-    assert len({run.name for run in runs}) == len(runs) and {name[:-6] for name in options if name.endswith("1000.0")} == {
-        variant for variant in VARIANTS if variant != "winners only"}
+    options = {(run.config.variant, run.config.beta): run.config.options() for run in runs}
+    assert options["plain", None] == {"train_method": "dspo"}
+    assert options["plain", DSPO_BETA] == {"train_method": "dspo", "beta_dpo": DSPO_BETA}
+    assert options["winner's error added", DSPO_BETA]["winner_error_weight"] == DSPO_BETA
+    assert options["winners only", None] == {"train_method": "sft"}  # one run for all objectives
+    assert {variant for variant, beta in options if beta} == set(VARIANTS) - {"winners only"}
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -88,7 +94,7 @@ def test_full_is_every_part_and_then_the_long_runs():
     full = Settings(full=True)
     long = full.long_runs
     assert full.parts == list(PARTS) and long.parts == ["frontier", "flow"] and long.steps == 300 > full.steps
-    assert (full.output, long.output, long.output) == ("output/claims", "output/claims_long", Settings(long=True).output)
+    assert full.output == "output/claims" and long.output == Settings(long=True).output == "output/claims_long"
     assert min(long.rates) < min(full.rates) and max(long.rates) < max(full.rates) and not long.full
     assert Settings(full=True, smoke=True).long_runs.steps == 10
 

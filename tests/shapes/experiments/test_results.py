@@ -116,7 +116,7 @@ def test_another_objective_has_a_frontier_of_its_own_beside_training_on_winners(
     dmpo = Config(WORLD, "dmpo", "plain")
     (tmp_path / "runs" / WORLD.name).mkdir(parents=True)
     write_json(base_path(WORLD, settings), {"scores": [BASE, BASE]})
-    for config, end in ((dmpo, 0.84), (dmpo.rival("safeguarded"), 0.86), (PLAIN.rival("winners only"), 0.81)):
+    for config, end in ((dmpo, 0.84), (dmpo.with_variant("safeguarded"), 0.86), (PLAIN.with_variant("winners only"), 0.81)):
         path = record_path(Run(config, 3e-5, SEED), settings)
         write_json(path, made := record(end, SEED, judged_steps(settings), 1.0))
         np.savez(path.with_suffix(".npz"), **{str(p["step"]): np.zeros((2, 32, 32, 3), np.uint8) for p in made["points"]})
