@@ -9,7 +9,6 @@ same command until it ends. What counts is its parameters and every loss it ever
 
 import argparse
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -63,8 +62,7 @@ class Torture:
         build = ("from pathlib import Path; from tests.vocabulary import build_tiny_pipeline; from shapes.pairs import write_pairs;"
                  f"build_tiny_pipeline(Path({str(folder / 'base')!r}), 'sd15'); write_pairs({str(folder / 'pairs')!r}, 40)")
         subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
-        for module in warm_python.HEAVY:  # once, for all the processes that are forked from this one
-            importlib.import_module(module)
+        warm_python.import_heavy()
 
     # --- one launch ------------------------------------------------------------------------------------------------
 

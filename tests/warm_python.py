@@ -62,10 +62,15 @@ def start(folder: Path) -> None:
                          env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
 
 
+def import_heavy() -> None:
+    """Once, for all that are forked from this process."""
+    for module in HEAVY:
+        importlib.import_module(module)
+
+
 def serve(descriptor: int, owner: int) -> None:
     """Fork a program for every client of that socket, until the owner's process has ended."""
-    for module in HEAVY:  # once, for all that are forked from here
-        importlib.import_module(module)
+    import_heavy()
     gc.collect()
     gc.freeze()
     listener = socket.socket(fileno=descriptor)
