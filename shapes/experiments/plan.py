@@ -56,10 +56,11 @@ class Settings:
     report: bool = option(False, "only write the report of the runs that are there")
     rates: list[float] = option([], "the grid", above=0, default_text="1e-5 to 1e-3; with --long 3e-6 to 3e-4")
     seeds: int = option(3, "further seeds, which are reported", at_least=1)
-    steps: int = option(80, "optimizer steps of a run", at_least=10)
+    steps: int | None = option(None, "optimizer steps of a run", at_least=10, default_text="80; with --long 300")
     batch_size: int = option(8, "pairs per step", at_least=1)
     pairs: int = option(400, "pairs trained on", at_least=2)
-    captions: int = option(24, "captions that the base was never trained on, drawn at each judgement", at_least=1)
+    captions: int | None = option(None, "captions that the base was never trained on, drawn at each judgement", at_least=1,
+                                  default_text="24; with --long 48")
     inference_steps: int = option(12, "sampling steps of each drawing", at_least=1)
     instrument_steps: int = option(30, "steps on which each kind of lambda is measured", at_least=1)
     timing_rounds: int = option(12, "rounds of three steps, plain and safeguarded by turns", at_least=2)
@@ -67,18 +68,20 @@ class Settings:
 
     def __post_init__(self):
         self.output = self.output or "output/claims" + ("_smoke" if self.smoke else "_long" if self.long else "")
-        if self.long:
-            self.steps, self.captions, self.parts = 300, 48, self.parts or list(LONG)
+        self.steps = self.steps or (10 if self.smoke else 300 if self.long else 80)
+        self.captions = self.captions or (2 if self.smoke else 48 if self.long else 24)
         if self.smoke:
-            self.rates, self.seeds, self.steps, self.batch_size = self.rates or [1e-4], 1, 10, 2
-            self.pairs, self.captions, self.inference_steps, self.instrument_steps, self.timing_rounds = 24, 2, 2, 2, 2
+            self.rates, self.seeds, self.batch_size = self.rates or [1e-4], 1, 2
+            self.pairs, self.inference_steps, self.instrument_steps, self.timing_rounds = 24, 2, 2, 2
+        if self.long:
+            self.parts = self.parts or list(LONG)
         self.rates = self.rates or ([3e-6] if self.long else []) + [1e-5, 3e-5, 1e-4, 3e-4] + ([] if self.long else [1e-3])
         self.parts = self.parts or [part for part in PARTS if self.full or part not in ("dmpo", "dspo")]
 
     @property
     def long_runs(self) -> "Settings":
         """What --full does after every part."""
-        return replace(self, output=f"{self.output}_long", full=False, long=True, parts=[], rates=[])
+        return replace(self, output=f"{self.output}_long", full=False, long=True, parts=[], rates=[], steps=None, captions=None)
 
     @property
     def further(self) -> range:

@@ -97,6 +97,7 @@ def test_full_is_every_part_and_then_the_long_runs():
     assert full.output == "output/claims" and long.output == Settings(long=True).output == "output/claims_long"
     assert min(long.rates) < min(full.rates) and max(long.rates) < max(full.rates) and not long.full
     assert Settings(full=True, smoke=True).long_runs.steps == 10
+    assert Settings(long=True, steps=100).steps == 100 and Settings(long=True, steps=100).captions == 48
 
 
 def test_runs_of_other_settings_are_not_taken_for_these(tmp_path):
