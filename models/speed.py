@@ -1,5 +1,7 @@
-"""Speed and memory of a network: torch.compile region by region, and selective checkpointing."""
+"""Speed and memory: torch.compile region by region, selective checkpointing, and a CPU's smallest numbers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -19,6 +21,18 @@ COSTLY = PRODUCTS | {
     aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
 WIDE = 4  # a product this many times wider than what it is made of is recomputed: the first of a feed-forward layer
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """On a CPU, numbers below 1e-38 count as 0, and as before afterwards. Where margins saturate, gradients and Adam's moments
+    fall that low, which makes a step 3 to 8 times slower and moves no weight."""
+    before = bool(torch.tensor([1e-30]) * 1e-10 == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def check_compiler(device: torch.device) -> None:

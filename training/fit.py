@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.progress import duration, progress_bar
 from models.devices import agree
+from models.speed import flushed_denormals
 from training.checkpoints import continuing, read_progress, starts_over
 from training.curves import draw_curves
 from training.guards import NonfiniteGuard
@@ -100,6 +101,7 @@ class _Progress:
         return every > 0 and self.step // every > last // every
 
 
+@flushed_denormals()
 def fit(task: Task, run: Run, watch: Watch | None = None) -> Outcome:
     """Train task.trained from the start, or from the checkpoint that --resume_from_checkpoint names, to the end.
 

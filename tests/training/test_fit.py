@@ -36,6 +36,15 @@ def test_a_run_takes_its_steps_and_tells_of_each(tmp_path):
     assert checkpoints(tmp_path) == ["checkpoint-4"]
 
 
+def test_on_a_cpu_denormal_numbers_are_0_for_as_long_as_it_runs(tmp_path):
+    def smallest(*_) -> float:
+        told.append(float(torch.tensor([1e-30]) * 1e-10))
+
+    told = []
+    smallest(), fit_fake(tmp_path, "--max_train_steps=1", watch=smallest), smallest()
+    assert told[0] == told[-1] > 0 == max(told[1:-1])
+
+
 def test_the_rate_that_is_logged_is_the_step_s_own(tmp_path):
     fit_fake(tmp_path, "--lr_warmup_steps=2", "--learning_rate=1e-2")
     assert [line["lr"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0.0, 5e-3, 1e-2, 1e-2]
